@@ -1,0 +1,1 @@
+"""Everything that produces or scores text. Never imports `learner`."""

@@ -1,0 +1,120 @@
+"""Engines: what turns prompts into sampled tokens. This file is the interface and the table.
+
+To add one: a new file beside this one and a line in ENGINES. `tests/contracts/test_engines.py` then tests it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.messages import FinishReason, Span, Version
+
+ENGINES = {
+    "embedded": "actors.engines.embedded:EmbeddedEngine",
+}
+"""Name in the configuration -> class. The class is built as `Class(options: EngineOptions)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. `top_p` 1 and `top_k` 0 are off; temperature 0 is greedy."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """Sample `len(seeds)` completions of one prompt; they share the prompt's prefill.
+
+    Sample i draws its t-th token with a random number that depends on (seeds[i], t) alone: not on slots, neighbours or timing.
+    """
+
+    request_id: str
+    prompt_ids: npt.NDArray[np.int32]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One completion that has ended. `position` is its place in the request's `seeds`."""
+
+    request_id: str
+    position: int
+    token_ids: npt.NDArray[np.int32]
+    """[T], with the stop token if one was drawn."""
+    logprobs: npt.NDArray[np.float32]
+    """[T] log_softmax(logits / temperature) at the drawn token, before top-p and top-k; at temperature 0, of the unscaled logits."""
+    spans: tuple[Span, ...]
+    """Which version drew which tokens; the last end is T."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """How busy an engine is, in samples and tokens."""
+
+    running: int
+    waiting: int
+    capacity: int
+    """Samples that it runs at once."""
+    tokens_sampled: int = 0
+    """Since it started."""
+    tokens_prefilled: int = 0
+    swaps: int = 0
+    progress: dict[str, int] = field(default_factory=dict)
+    """request_id -> tokens of its longest running sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What every engine is built from. `extra` holds the options of the engine's own `Options` model."""
+
+    model_path: Path
+    """A Hugging Face directory; its configuration is used always, its weights until the first `load_weights`."""
+    max_context: int
+    """Most tokens of prompt and completion together."""
+    slots: int = 64
+    threads: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Samples many requests at once. One thread calls it; no method blocks for longer than one decode step, except `load_weights` and `close`."""
+
+    def submit(self, request: SampleRequest) -> None:
+        """Queue a request. Raises ValueError for token ids outside the vocabulary and for a prompt that leaves no room to sample."""
+
+    def abort(self, request_id: str) -> None:
+        """End what is left of a request: its samples come out of the next `step` with finish reason "abort" and the tokens so far."""
+
+    def step(self, timeout_s: float) -> list[Sampled]:
+        """Do one unit of work (or wait for at most `timeout_s` for work done elsewhere) and return the completions that ended."""
+
+    def load_weights(self, directory: Path, version: Version) -> float:
+        """Swap in the published weights while requests run: later tokens carry `version`. Returns seconds that running samples stood still."""
+
+    def score(self, prompt_ids: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], temperature: float) -> npt.NDArray[np.float32]:
+        """Log-probs [T] of given tokens after a prompt under the loaded weights, computed as while sampling."""
+
+    @property
+    def version(self) -> Version | None:
+        """The loaded version; None before the first."""
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+
+    def close(self) -> None:
+        """End everything that the engine started."""

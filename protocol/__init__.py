@@ -1,0 +1,1 @@
+"""What actors and learner agree on: messages, channels, weights on disk, errors. Imports nothing else of ours."""

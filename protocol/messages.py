@@ -1,0 +1,428 @@
+"""Every message that crosses a process border. Read this file first.
+
+Data runs one way: GroupTask -> Completion -> Trajectory -> weights. Credits, acknowledgements and outcomes run back.
+Arrays travel as raw little-endian buffers, everything else in one msgpack map (see `protocol/codec.py`).
+
+Units: `_s` seconds of `time.time()` for instants and plain seconds for durations, `_bytes` bytes. Array shapes stand in each field's note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+PROTOCOL_VERSION = 1
+
+Int32Array = Annotated[npt.NDArray[np.int32], "i4"]
+Int64Array = Annotated[npt.NDArray[np.int64], "i8"]
+Float32Array = Annotated[npt.NDArray[np.float32], "f4"]
+BoolArray = Annotated[npt.NDArray[np.bool_], "b1"]
+
+Purpose = Literal["train", "eval"]
+FinishReason = Literal["stop", "length", "abort"]
+TerminalState = Literal["trained", "evaluated", "filtered", "rejected", "dropped", "superseded", "failed", "skipped", "unfinished"]
+
+
+class Version(NamedTuple):
+    """A policy: `number` updates published so far, and the `incarnation`, raised when a number is trained again after a rollback.
+
+    Orders by number, then incarnation. Bytes under one version never change.
+    """
+
+    number: int
+    incarnation: int = 0
+
+    def __str__(self) -> str:
+        return f"v{self.number}" if not self.incarnation else f"v{self.number}.{self.incarnation}"
+
+
+class Span(NamedTuple):
+    """A run of tokens sampled under one policy version: from the previous span's `end` up to `end`, exclusive."""
+
+    version: int
+    incarnation: int
+    end: int
+
+
+def pack_spans(spans: list[Span] | tuple[Span, ...]) -> npt.NDArray[np.int32]:
+    """Spans as an int32 array [num_spans, 3]: version, incarnation, end."""
+    return np.array(spans, dtype=np.int32).reshape(-1, 3)
+
+
+def token_versions(spans_S3: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The version number of every token, int32 [num_tokens]."""
+    ends = spans_S3[:, 2]
+    return np.repeat(spans_S3[:, 0], np.diff(ends, prepend=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Base of all wire types."""
+
+
+# --------------------------------------------------------------------------------------------------- every channel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(Message):
+    """First message of a connecting peer on any channel: who it is and what it holds. Sent again after every reconnection.
+
+    Example:
+        Hello(role="generator", index=0, identity="generator-0@1", epoch=1, loaded=(0, 0), holds=array([[7, 0, 0]]))
+    """
+
+    role: str
+    index: int
+    identity: str
+    """Unique per process start ("generator-0@2" is the second start), so that a restarted peer is never taken for the old one."""
+    epoch: int
+    """Fencing token of the run: a peer of an older epoch is refused."""
+    loaded: tuple[int, int] = (-1, 0)
+    """Generators: version number and incarnation in memory; -1 before the first."""
+    holds: Int64Array = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    """[n, 3] (group_id, index, attempt) of samples that this peer holds and that are not acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit(Message):
+    """How many more data messages the consumer takes: the producer may send until it has sent `total` since the last Hello.
+
+    Example:
+        Credit(total=24, loaded=(3, 0))
+    """
+
+    total: int
+    """Cumulative, so that a repeated or late Credit changes nothing."""
+    loaded: tuple[int, int] = (-1, 0)
+    """Generators: the version in memory. A task is given only to a generator that has its `min_version`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack(Message):
+    """The learner has journaled these samples; the receiver may forget them. A reward actor passes it on to the generator.
+
+    Example:
+        Ack(keys=array([[7, 0, 0], [7, 3, 0]]))
+    """
+
+    keys: Int64Array
+    """[n, 3]: group_id, index, attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Message):
+    """The receiver does not serve this peer (another run, an older epoch); `reason` is one sentence.
+
+    Example:
+        Refused(reason="epoch 1 is over, this run is at epoch 2")
+    """
+
+    reason: str
+
+
+# --------------------------------------------------------------------------------------------------- the ring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupTask(Message):
+    """Dispatcher to generator: sample `indices` of one prompt's group.
+
+    Example:
+        GroupTask(group_id=7, iteration=1, attempt=0, purpose="train", min_version=0, problem_id="train-17", indices=array([0, 1]),
+                  seeds=array([11, 12]), prompt_ids=array([1, 9, 2]), temperature=1.0, top_p=1.0, top_k=0, max_tokens=80,
+                  stop_token_ids=array([3]), payload=b"...")
+    """
+
+    group_id: int
+    iteration: int
+    """The iteration that shall train on it; for `eval` the version that shall be evaluated."""
+    attempt: int
+    """0, and one more for each re-issue after a confirmed death."""
+    purpose: Purpose
+    min_version: int
+    """No token is sampled before this version is loaded."""
+    problem_id: str
+    indices: Int32Array
+    """[n] members to sample; all of 0..group_size-1 on the first attempt."""
+    seeds: Int64Array
+    """[n] one per index, a hash of (run seed, group_id, index) without the attempt."""
+    prompt_ids: Int32Array
+    """[prompt tokens]"""
+    temperature: float
+    top_p: float
+    top_k: int
+    """0 is off."""
+    max_tokens: int
+    stop_token_ids: Int32Array
+    payload: bytes
+    """msgpack of the problem as the reward needs it; opaque to the generator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion(Message):
+    """Generator to reward actor: what the policy wrote for one sample of a group.
+
+    Example:
+        Completion(group_id=7, index=0, attempt=0, iteration=1, purpose="train", problem_id="train-17", generator="generator-0@1",
+                   prompt_ids=array([1, 9, 2]), token_ids=array([9, 2, 3]), behaviour_logprobs=array([-0.1, -1.3, -0.2]),
+                   spans=array([[0, 0, 2], [1, 0, 3]]), finish_reason="stop", started_s=1.0, finished_s=2.0, payload=b"...")
+    """
+
+    group_id: int
+    """Shared by the `group_size` completions of one prompt; unique in the run."""
+    index: int
+    attempt: int
+    iteration: int
+    purpose: Purpose
+    problem_id: str
+    generator: str
+    prompt_ids: Int32Array
+    token_ids: Int32Array
+    """[T] with the stop token, if one was sampled."""
+    behaviour_logprobs: Float32Array
+    """[T] log-softmax(logits / temperature) under the version that sampled each token, not renormalised for top-p or top-k."""
+    spans: Int32Array
+    """[num_spans, 3] version, incarnation, end; versions never decrease, the last end is T."""
+    finish_reason: FinishReason
+    started_s: float
+    finished_s: float
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory(Message):
+    """Reward actor to learner: a completion with its score.
+
+    Example:
+        Trajectory(group_id=7, index=0, attempt=0, iteration=1, purpose="train", problem_id="train-17", generator="generator-0@1",
+                   rewarder="rewarder-1@1", prompt_ids=array([1, 9, 2]), token_ids=array([9, 2, 3]),
+                   behaviour_logprobs=array([-0.1, -1.3, -0.2]), loss_mask=array([True, True, True]), spans=array([[0, 0, 3]]),
+                   finish_reason="stop", score=1.0, status="ok", parts={"unit_tests": 1.0}, detail="", started_s=1.0, finished_s=2.0, scored_s=2.1,
+                   scoring_s=0.05)
+    """
+
+    group_id: int
+    index: int
+    attempt: int
+    iteration: int
+    purpose: Purpose
+    problem_id: str
+    generator: str
+    rewarder: str
+    prompt_ids: Int32Array
+    token_ids: Int32Array
+    behaviour_logprobs: Float32Array
+    loss_mask: BoolArray
+    """[T] True where a token may receive gradient (tokens that a tool wrote are False)."""
+    spans: Int32Array
+    finish_reason: FinishReason
+    score: float | None
+    """None when the reward could not be found: missing, never 0."""
+    status: str
+    """How the score was obtained: ok, wrong_answer, unparseable, time_limit, ...; `failed` with score None."""
+    parts: dict[str, float]
+    """Score by reward function, before weighting."""
+    detail: str
+    """One line for people: the verdict's reason."""
+    started_s: float
+    finished_s: float
+    scored_s: float
+    scoring_s: float
+    """Wall time that the reward took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOutcome(Message):
+    """Learner to dispatcher: the group reached its terminal state, which is in the ledger. Told again to a dispatcher that says Hello.
+
+    Example:
+        GroupOutcome(group_id=7, iteration=1, purpose="train", problem_id="train-17", state="trained", reason="", num_samples=8,
+                     num_passed=3, mean_score=0.375, oldest_version=0, newest_version=1)
+    """
+
+    group_id: int
+    iteration: int
+    """The iteration that trained it, or at which it ended otherwise."""
+    purpose: Purpose
+    problem_id: str
+    state: TerminalState
+    reason: str
+    num_samples: int
+    num_passed: int
+    mean_score: float | None
+    oldest_version: int
+    newest_version: int
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsReady(Message):
+    """Learner to generators and dispatcher: a version is complete on disk.
+
+    Example:
+        WeightsReady(number=4, incarnation=0, directory="/run/weights/v4", manifest_sha256="ab...", num_bytes=3540000, published_s=1.0)
+    """
+
+    number: int
+    incarnation: int
+    directory: str
+    manifest_sha256: str
+    num_bytes: int
+    published_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsLoaded(Message):
+    """Generator to learner: the version is in memory, or why it is not.
+
+    Example:
+        WeightsLoaded(generator="generator-0@1", number=4, incarnation=0, load_s=0.012, pause_s=0.02, error="", canary_error=2e-7)
+    """
+
+    generator: str
+    number: int
+    incarnation: int
+    load_s: float
+    pause_s: float
+    """How long running samples stood still."""
+    error: str
+    canary_error: float
+    """Largest difference of a canary's log-probs from the learner's; NaN when none was asked for."""
+
+
+# --------------------------------------------------------------------------------------------------- control and observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Register(Message):
+    """Any process to the supervisor, once its sockets are bound: where its peers find it.
+
+    Example:
+        Register(role="dispatcher", index=0, identity="dispatcher-0@1", pid=4711, addresses={"tasks": "ipc:///tmp/rlsys-ab/tasks"})
+    """
+
+    role: str
+    index: int
+    identity: str
+    pid: int
+    addresses: dict[str, str]
+    """Channel name to address."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers(Message):
+    """Supervisor to every process, whenever it changes: who is there.
+
+    Example:
+        Peers(peers=[{"role": "dispatcher", "index": 0, "identity": "dispatcher-0@1", "addresses": {"tasks": "ipc:///..."}}])
+    """
+
+    peers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat(Message):
+    """Any process to the supervisor: alive, and what it does or waits for.
+
+    Example:
+        Heartbeat(identity="learner-0@1", doing="waiting:trajectories", peer="rewarder", since_s=1.0, detail="3 samples of group 812")
+    """
+
+    identity: str
+    doing: str
+    peer: str
+    since_s: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop(Message):
+    """Supervisor to every process: end in order, now.
+
+    Example:
+        Stop(reason="interrupted")
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Message):
+    """A process to the supervisor: its part is done, `error` empty if all went well. The learner's ends the run.
+
+    Example:
+        Finished(identity="learner-0@1", error="")
+    """
+
+    identity: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics(Message):
+    """Any process to the dashboard: numbers at a moment. `iteration` is the x axis, -1 where there is none yet.
+
+    Example:
+        Metrics(identity="learner-0@1", iteration=3, time_s=1.0, values={"loss": 0.1})
+    """
+
+    identity: str
+    iteration: int
+    time_s: float
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event(Message):
+    """Something worth a line: an evaluation result, a fault survived, the end of a phase. `name` is fixed, `data` is plain.
+
+    Example:
+        Event(identity="dispatcher-0@1", time_s=1.0, name="eval", data={"version": 0, "pass_at_1": 0.31})
+    """
+
+    identity: str
+    time_s: float
+    name: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intervals(Message):
+    """Any process to the dashboard: what it did since the last one.
+
+    Example:
+        Intervals(identity="learner-0@1", names=["train", "waiting:trajectories"], rows=array([[0, 10, 20]]), offset_s=1.0)
+    """
+
+    identity: str
+    names: list[str]
+    rows: Int64Array
+    """[n, 3]: index into names, start and end in microseconds after `offset_s`."""
+    offset_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(Message):
+    """Dashboard to supervisor: the state of the run, for the progress display and `rlsys status`.
+
+    Example:
+        Snapshot(time_s=1.0, values={"iteration": 3})
+    """
+
+    time_s: float
+    values: dict[str, Any]
+
+
+MESSAGES: Mapping[str, type[Message]] = {cls.__name__: cls for cls in Message.__subclasses__()}
+"""Tag on the wire -> type."""
+
+
+def key_of(message: Completion | Trajectory) -> tuple[int, int, int]:
+    """(group_id, index, attempt): how deliveries are acknowledged."""
+    return (message.group_id, message.index, message.attempt)

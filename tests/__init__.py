@@ -1,0 +1,1 @@
+"""Tests. A package, so that tests/protocol cannot hide protocol."""

@@ -63,6 +63,28 @@ def token_versions(spans_S3: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 class Message:
     """Base of all wire types."""
 
+    def fault(self) -> str:
+        """What is wrong between fields, in words; empty if nothing is. Checked on arrival, after every field's own type."""
+        return ""
+
+
+def _keys_fault(name: str, keys: npt.NDArray[np.int64]) -> str:
+    return "" if keys.ndim == 2 and keys.shape[1] == 3 else f"{name} has shape {keys.shape}, expected [n, 3]"
+
+
+def _tokens_fault(token_ids: npt.NDArray[np.int32], spans: npt.NDArray[np.int32], **per_token: npt.NDArray[Any]) -> str:
+    for name, array in per_token.items():
+        if array.shape != token_ids.shape:
+            return f"{len(token_ids)} token_ids but {array.shape} {name}"
+    if spans.ndim != 2 or spans.shape[1] != 3:
+        return f"spans have shape {spans.shape}, expected [n, 3]"
+    last = int(spans[-1, 2]) if len(spans) else 0
+    if last != len(token_ids):
+        return f"{len(token_ids)} token_ids but spans that end at {last}"
+    if len(spans) > 1 and ((np.diff(spans[:, 2]) <= 0).any() or (np.diff(spans[:, 0]) < 0).any()):
+        return f"spans {spans.tolist()} whose ends do not rise or whose versions fall"
+    return ""
+
 
 # --------------------------------------------------------------------------------------------------- every channel
 
@@ -85,6 +107,9 @@ class Hello(Message):
     """Generators: version number and incarnation in memory; -1 before the first."""
     holds: Int64Array = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     """[n, 3] (group_id, index, attempt) of samples that this peer holds and that are not acknowledged."""
+
+    def fault(self) -> str:
+        return _keys_fault("holds", self.holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +136,9 @@ class Ack(Message):
 
     keys: Int64Array
     """[n, 3]: group_id, index, attempt."""
+
+    def fault(self) -> str:
+        return _keys_fault("keys", self.keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +189,11 @@ class GroupTask(Message):
     payload: bytes
     """msgpack of the problem as the reward needs it; opaque to the generator."""
 
+    def fault(self) -> str:
+        if self.indices.shape != self.seeds.shape or self.indices.ndim != 1 or not len(self.indices):
+            return f"group {self.group_id}: {self.indices.shape} indices and {self.seeds.shape} seeds, expected as many, at least one"
+        return "" if len(self.prompt_ids) else f"group {self.group_id}: an empty prompt"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion(Message):
@@ -192,6 +225,10 @@ class Completion(Message):
     finished_s: float
     payload: bytes
 
+    def fault(self) -> str:
+        fault = _tokens_fault(self.token_ids, self.spans, behaviour_logprobs=self.behaviour_logprobs)
+        return fault and f"completion {self.group_id}/{self.index}: {fault}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory(Message):
@@ -201,8 +238,8 @@ class Trajectory(Message):
         Trajectory(group_id=7, index=0, attempt=0, iteration=1, purpose="train", problem_id="train-17", generator="generator-0@1",
                    rewarder="rewarder-1@1", prompt_ids=array([1, 9, 2]), token_ids=array([9, 2, 3]),
                    behaviour_logprobs=array([-0.1, -1.3, -0.2]), loss_mask=array([True, True, True]), spans=array([[0, 0, 3]]),
-                   finish_reason="stop", score=1.0, status="ok", parts={"unit_tests": 1.0}, detail="", started_s=1.0, finished_s=2.0, scored_s=2.1,
-                   scoring_s=0.05)
+                   finish_reason="stop", score=1.0, status="accepted", parts={"unit_tests": 1.0}, detail="",
+                   started_s=1.0, finished_s=2.0, scored_s=2.1, scoring_s=0.05)
     """
 
     group_id: int
@@ -233,6 +270,10 @@ class Trajectory(Message):
     scored_s: float
     scoring_s: float
     """Wall time that the reward took."""
+
+    def fault(self) -> str:
+        fault = _tokens_fault(self.token_ids, self.spans, behaviour_logprobs=self.behaviour_logprobs, loss_mask=self.loss_mask)
+        return fault and f"trajectory {self.group_id}/{self.index}: {fault}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,290 @@
+"""Every channel between processes: who binds, who connects, what crosses it in which direction. The only file that imports zmq.
+
+Data channels are ROUTER/DEALER with credits: a consumer says how many messages it takes (`Credit.total`, cumulative since Hello), and a
+producer sends no more than that, so that no queue grows without bound and the least busy peer gets the next message. PUSH/PULL would feed
+peers in turn, slow and dying ones too; it carries observations alone.
+
+Addresses are never fixed: `ipc://` in a private directory of the run, or `tcp://` on port 0, and the bound address is published through the
+supervisor. `tcp` between hosts uses CURVE with the run's own key pair; a peer without it gets nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from protocol import messages as m
+from protocol.codec import decode, encode
+from protocol.errors import WireError
+
+log = logging.getLogger("rlsys.channels")
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """One kind of connection. `up` flows from the connecting side to the binding side, `down` the other way."""
+
+    binder: str
+    connectors: tuple[str, ...]
+    up: tuple[type[m.Message], ...]
+    down: tuple[type[m.Message], ...]
+    why: str
+    one_way: bool = False
+
+
+EVERYONE = ("dispatcher", "generator", "rewarder", "learner", "dashboard")
+
+CHANNELS = {
+    "control": Channel(
+        "supervisor",
+        EVERYONE,
+        (m.Register, m.Heartbeat, m.Finished, m.Event, m.Snapshot),
+        (m.Peers, m.Stop, m.Refused),
+        "who lives, who stops",
+    ),
+    "tasks": Channel(
+        "dispatcher", ("generator",), (m.Hello, m.Credit), (m.GroupTask, m.Refused), "a credit is a group that a generator wants"
+    ),
+    "completions": Channel(
+        "rewarder",
+        ("generator",),
+        (m.Hello, m.Completion),
+        (m.Credit, m.Ack, m.Refused),
+        "a credit is a completion that a reward actor takes",
+    ),
+    "trajectories": Channel("learner", ("rewarder",), (m.Hello, m.Trajectory), (m.Credit, m.Ack, m.Refused), "acknowledged once journaled"),
+    "weights": Channel(
+        "learner", ("generator", "dispatcher"), (m.Hello, m.WeightsLoaded), (m.WeightsReady, m.Refused), "the newest version, also on Hello"
+    ),
+    "outcomes": Channel("dispatcher", ("learner",), (m.Hello, m.GroupOutcome), (m.Refused,), "terminal states, already in the ledger"),
+    "observe": Channel(
+        "dashboard", EVERYONE, (m.Metrics, m.Event, m.Intervals), (), "metrics and intervals; may be lost with the dashboard", True
+    ),
+}
+"""Name -> channel. The supervisor's `control` address is given to every process at its start, all others come with `Peers`."""
+
+HIGH_WATER_MARK = 10_000
+"""Messages a socket queues per peer. Credits keep every data channel far below; reaching it is reported, not waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The run's CURVE key pair (Z85 text). Both ends of every `tcp` socket use it, so that holding it is what admits a peer."""
+
+    public: bytes
+    secret: bytes
+
+    @staticmethod
+    def make() -> Keys:
+        """A fresh pair."""
+        return Keys(*zmq.curve_keypair())
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """How this process binds and connects: over `ipc` in `directory` or over `tcp` on `host`, for run number `run`."""
+
+    run: int
+    directory: Path | None = None
+    host: str = "127.0.0.1"
+    keys: Keys | None = None
+    context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context.instance)
+
+    def bind_address(self, name: str) -> str:
+        """Where to bind a socket called `name`: port 0 on tcp, a file on ipc."""
+        return f"ipc://{self.directory / name}" if self.directory else f"tcp://{self.host}:*"
+
+    def secure(self, socket: zmq.Socket[bytes], address: str, *, server: bool) -> None:
+        """Turn CURVE on for a `tcp` socket, before it binds or connects."""
+        if self.keys is None or not address.startswith("tcp"):
+            return
+        socket.curve_publickey, socket.curve_secretkey = self.keys.public, self.keys.secret
+        if server:
+            _admit_only(self.context, self.keys.public)
+            socket.curve_server = True
+        else:
+            socket.curve_serverkey = self.keys.public
+
+
+_authenticators: dict[int, ThreadAuthenticator] = {}
+
+
+class _OneKey:
+    """ZAP callback: the run's own public key and no other."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        import zmq.utils.z85
+
+        return zmq.utils.z85.encode(key) == self._public
+
+
+def _admit_only(context: zmq.Context[zmq.Socket[bytes]], public: bytes) -> None:
+    if id(context) not in _authenticators:
+        authenticator = ThreadAuthenticator(context)
+        authenticator.start()
+        authenticator.configure_curve_callback(domain="*", credentials_provider=_OneKey(public))
+        _authenticators[id(context)] = authenticator
+
+
+def close_context(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """End the authenticator of a context and the context itself; sockets are closed without waiting for unread messages."""
+    authenticator = _authenticators.pop(id(context), None)
+    if authenticator is not None:
+        authenticator.stop()
+    context.destroy(linger=0)
+
+
+class _Socket:
+    """What the bound and the connected end share: non-blocking, checked on arrival, refusals counted and logged by peer."""
+
+    def __init__(self, transport: Transport, channel: str, kind: int) -> None:
+        self.channel = channel
+        self.spec = CHANNELS[channel]
+        self._run = transport.run
+        self.socket: zmq.Socket[bytes] = transport.context.socket(kind)
+        self.socket.linger = 0
+        self.socket.sndhwm = self.socket.rcvhwm = HIGH_WATER_MARK
+        self.refused = 0
+        self._last_refusal_s = 0.0
+
+    def _frames(self) -> list[bytes] | None:
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def _read(self, frames: list[bytes], allowed: tuple[type[m.Message], ...], peer: str) -> m.Message | None:
+        try:
+            message = decode(frames, self._run, peer)
+            if not isinstance(message, allowed):
+                raise WireError(f"{type(message).__name__} from {peer}: not a message of channel {self.channel}")
+            return message
+        except WireError as error:
+            self.refused += 1
+            if time.monotonic() - self._last_refusal_s > 1.0:  # a flood of garbage must not become a flood of log lines
+                self._last_refusal_s = time.monotonic()
+                log.warning("refused on %s (%d so far): %s", self.channel, self.refused, error)
+            return None
+
+    def close(self) -> None:
+        """Close at once; what was not sent is lost, which delivery allows for."""
+        self.socket.close(linger=0)
+
+
+class Endpoint(_Socket):
+    """The bound end. Peers are named by their identity."""
+
+    def __init__(self, transport: Transport, channel: str, name: str) -> None:
+        super().__init__(transport, channel, zmq.PULL if CHANNELS[channel].one_way else zmq.ROUTER)
+        if not self.spec.one_way:
+            self.socket.router_mandatory = True
+        address = transport.bind_address(name)
+        transport.secure(self.socket, address, server=True)
+        self.socket.bind(address)
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def receive(self) -> Iterator[tuple[str, m.Message]]:
+        """All messages that have arrived, with their senders' identities. Refused ones are counted and logged."""
+        while (frames := self._frames()) is not None:
+            peer = "" if self.spec.one_way else frames.pop(0).decode("utf-8", "replace")
+            message = self._read(frames, self.spec.up, peer or "a peer")
+            if message is not None:
+                yield peer, message
+
+    def send(self, peer: str, message: m.Message) -> bool:
+        """Send to one peer. False when it is gone; a full queue raises WireError, because credits should have prevented it."""
+        try:
+            self.socket.send_multipart([peer.encode(), *encode(message, self._run)], zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            raise WireError(f"{self.channel}: {HIGH_WATER_MARK} messages wait for {peer}, which reads none") from None
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+
+
+class Link(_Socket):
+    """The connected end: one peer."""
+
+    def __init__(self, transport: Transport, channel: str, identity: str, address: str, peer: str) -> None:
+        super().__init__(transport, channel, zmq.PUSH if CHANNELS[channel].one_way else zmq.DEALER)
+        self.peer, self.address = peer, address
+        if not self.spec.one_way:
+            self.socket.routing_id = identity.encode()
+        transport.secure(self.socket, address, server=False)
+        self.socket.connect(address)
+
+    def receive(self) -> Iterator[m.Message]:
+        """All messages that have arrived."""
+        while not self.socket.closed and (frames := self._frames()) is not None:
+            message = self._read(frames, self.spec.down, self.peer)
+            if message is not None:
+                yield message
+
+    def send(self, message: m.Message) -> bool:
+        """Send; False when the queue is full (observations may be lost; data never gets there, because it needs a credit)."""
+        try:
+            self.socket.send_multipart(encode(message, self._run), zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            if not self.spec.one_way:
+                raise WireError(f"{self.channel}: {HIGH_WATER_MARK} messages wait for {self.peer}, which reads none") from None
+            return False
+
+
+class Waker:
+    """Lets other threads end a poll."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def wake(self) -> None:
+        """End the present or the next poll."""
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """Forget wake-ups so far."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Poller:
+    """Waits for any of several sockets and wakers."""
+
+    def __init__(self) -> None:
+        self._poller = zmq.Poller()
+
+    def add(self, item: _Socket | Waker | int) -> None:
+        """Watch a socket, a waker or a file descriptor."""
+        self._poller.register(_pollable(item), zmq.POLLIN)
+
+    def remove(self, item: _Socket | Waker | int) -> None:
+        """Watch it no longer."""
+        self._poller.unregister(_pollable(item))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether anything can be read, after at most `timeout_s`. Signals end it early."""
+        try:
+            return bool(self._poller.poll(max(0, round(timeout_s * 1000))))
+        except InterruptedError:
+            return False
+
+
+def _pollable(item: _Socket | Waker | int) -> zmq.Socket[bytes] | int:
+    return item.socket if isinstance(item, _Socket) else item.fd if isinstance(item, Waker) else item

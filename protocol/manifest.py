@@ -1,0 +1,135 @@
+"""A published weights version on disk: an immutable directory of safetensors shards and `manifest.json`.
+
+Order of publication: write every file into a hidden directory beside the target, sync, then rename it. A directory that carries its final
+name is complete; a reader checks every tensor against the manifest's hashes before it uses one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from protocol.errors import WeightsError
+from protocol.messages import Version
+
+MANIFEST = "manifest.json"
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A complete version: where it is and the SHA-256 of its manifest, which the announcement carries."""
+
+    version: Version
+    directory: Path
+    manifest_sha256: str
+    num_bytes: int
+
+
+def publish(root: Path, version: Version, base_model: str, write_shards: Callable[[Path], None], *, sync: bool = False) -> Published:
+    """Publish `version` under `root`: `write_shards(directory)` writes the safetensors files, this adds the manifest and renames.
+
+    `sync` forces the bytes to disk (not needed on tmpfs). Raises WeightsError when that version already stands there, OSError when the disk
+    is full; in both cases nothing is left behind.
+    """
+    target = root / str(version)
+    if target.exists():
+        raise WeightsError(f"{target} is already published; bytes under one version never change")
+    aside = root / f".{version}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        write_shards(aside)
+        manifest = {
+            "number": version.number,
+            "incarnation": version.incarnation,
+            "base_model": base_model,
+            "shards": {path.name: _describe(path) for path in sorted(aside.glob("*.safetensors"))},
+        }
+        text = json.dumps(manifest, indent=1).encode()
+        (aside / MANIFEST).write_bytes(text)
+        if sync:
+            for path in aside.iterdir():
+                _fsync(path)
+            _fsync(aside)
+        aside.rename(target)
+        if sync:
+            _fsync(root)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return Published(version, target, hashlib.sha256(text).hexdigest(), sum(path.stat().st_size for path in target.iterdir()))
+
+
+def verify(directory: Path, manifest_sha256: str) -> dict[str, Any]:
+    """The manifest of a version after every tensor's hash, shape and dtype was checked. Raises WeightsError naming what differs."""
+    try:
+        text = (directory / MANIFEST).read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{directory}: no readable {MANIFEST} ({error.strerror})") from None
+    if hashlib.sha256(text).hexdigest() != manifest_sha256:
+        raise WeightsError(f"{directory / MANIFEST}: SHA-256 differs from the announced {manifest_sha256[:12]}...")
+    manifest: dict[str, Any] = json.loads(text)
+    for name, expected in manifest["shards"].items():
+        found = _describe(directory / name)
+        if found != expected:
+            tensors = sorted(found.keys() ^ expected.keys()) or [t for t in expected if found[t] != expected[t]]
+            raise WeightsError(f"{directory / name}: differs from its manifest in {', '.join(tensors[:3])}")
+    return manifest
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete versions. Readers that have one open keep their mapping."""
+    versions = sorted(((v, d) for d in root.iterdir() if (v := _version_of(d)) is not None), reverse=True)
+    for _, directory in versions[keep:]:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _version_of(directory: Path) -> Version | None:
+    number, _, incarnation = directory.name.removeprefix("v").partition(".")
+    if not directory.name.startswith("v") or not number.isdigit():
+        return None
+    return Version(int(number), int(incarnation or 0))
+
+
+def _describe(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Name -> {dtype, shape, xxh3_128} of every tensor in a safetensors file, read without any tensor library."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            header_size = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_size <= size - 8:
+                raise WeightsError(f"{path}: a header of {header_size} bytes in a file of {size}")
+            header = json.loads(file.read(header_size))
+            described = {}
+            for name, entry in sorted(header.items()):
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                count = _DTYPE_BYTES[entry["dtype"]]
+                for n in entry["shape"]:
+                    count *= n
+                file.seek(8 + header_size + start)
+                data = file.read(end - start)
+                if len(data) != end - start or len(data) != count:
+                    raise WeightsError(f"{path}: {name} has {len(data)} bytes, expected {count}")
+                described[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+            return described
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        os.fsync(fd)

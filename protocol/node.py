@@ -1,0 +1,244 @@
+"""What every process of a run does besides its own work: register, find its peers, say that it lives, show what it waits for, stop.
+
+    supervisor --Peers, Stop--> [ Node ] --Register, Heartbeat, Finished, Event--> supervisor
+                                   |------Metrics, Intervals, Event-------------> dashboard
+
+A process builds a Node, binds its channels with `serve`, names the channels it wants with `join`, calls `start`, and then
+calls `poll` in its loop. `poll` raises RunEnded when the supervisor says stop, so that no wait outlives the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport, Waker, close_context
+from protocol.errors import RunEnded
+from protocol.intervals import Recorder
+from protocol.messages import Event, Finished, Heartbeat, Message, Metrics, Peers, Refused, Register, Stop
+
+log = logging.getLogger("rlsys.node")
+
+HEARTBEAT_S = 0.5
+"""How often a process says that it lives and flushes what it recorded. Costs about 0.1 % of a core."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """Who a process is. The supervisor hands it over as one JSON argument; `keys_file` is read, never passed."""
+
+    run_id: str
+    """16 hexadecimal digits."""
+    epoch: int
+    role: str
+    index: int
+    start: int
+    """Counts the starts of this role and index, from 1."""
+    run_dir: str
+    control: str
+    """Address of the supervisor's control channel."""
+    socket_dir: str = ""
+    """For ipc; empty for tcp."""
+    host: str = "127.0.0.1"
+
+    @property
+    def identity(self) -> str:
+        """Unique per start: "generator-0@1"."""
+        return f"{self.role}-{self.index}@{self.start}"
+
+    @property
+    def name(self) -> str:
+        """Stable over restarts: "generator-0"."""
+        return f"{self.role}-{self.index}"
+
+    def transport(self) -> Transport:
+        """How this process binds and connects."""
+        keys_file = Path(self.run_dir) / "keys.json"
+        keys = Keys(*(json.loads(keys_file.read_text())[k].encode() for k in ("public", "secret"))) if keys_file.exists() else None
+        return Transport(int(self.run_id, 16), Path(self.socket_dir) if self.socket_dir else None, self.host, keys)
+
+
+class Node:
+    """The process's end of every channel. One thread owns it; `wake` and `event` alone may be called from others."""
+
+    def __init__(self, spec: ProcessSpec, recorder: Recorder | None = None) -> None:
+        self.spec = spec
+        self.identity = spec.identity
+        self.recorder = recorder or Recorder(spec.identity)
+        self.transport = spec.transport()
+        self.gauges: Callable[[], Mapping[str, float]] = dict
+        """Called at each flush: numbers of this moment, for the dashboard."""
+        self._stop_reason: str | None = None
+        self._waker = Waker()
+        self._poller = Poller()
+        self._poller.add(self._waker)
+        self._control = Link(self.transport, "control", self.identity, spec.control, "supervisor")
+        self._poller.add(self._control)
+        self._served: dict[str, Endpoint] = {}
+        self._links: dict[str, dict[str, Link]] = {}
+        self._on_link: dict[str, Callable[[Link], None]] = {}
+        self._on_gone: dict[str, Callable[[str], None]] = {}
+        self._events: list[Event] = []
+        self._next_beat_s = 0.0
+        self.observations_lost = 0
+        self.join("observe")
+
+    def serve(self, channel: str) -> Endpoint:
+        """Bind a channel. Its address is published by `start`."""
+        endpoint = Endpoint(self.transport, channel, f"{self.spec.name}.{self.spec.start}.{channel}")
+        self._served[channel] = endpoint
+        self._poller.add(endpoint)
+        return endpoint
+
+    def join(
+        self, channel: str, on_link: Callable[[Link], None] | None = None, on_gone: Callable[[str], None] | None = None
+    ) -> dict[str, Link]:
+        """Connect to every process that serves `channel`, now and later. Returns the live map identity -> link.
+
+        `on_link` is called with each new link (to say Hello), `on_gone` with the identity of each that went.
+        """
+        if on_link:
+            self._on_link[channel] = on_link
+        if on_gone:
+            self._on_gone[channel] = on_gone
+        return self._links.setdefault(channel, {})
+
+    def start(self) -> None:
+        """Register with the supervisor; Peers follow."""
+        addresses = {channel: endpoint.address for channel, endpoint in self._served.items()}
+        spec = self.spec
+        self._control.send(Register(role=spec.role, index=spec.index, identity=self.identity, pid=os.getpid(), addresses=addresses))
+        self.beat()
+
+    def poll(self, timeout_s: float) -> None:
+        """Wait until something arrives, at most `timeout_s`, and do the housekeeping. Raises RunEnded once the run stops."""
+        now = time.monotonic()
+        self._poller.wait(min(timeout_s, max(0.0, self._next_beat_s - now)))
+        self._waker.clear()
+        for message in self._control.receive():
+            self._handle(message)
+        if time.monotonic() >= self._next_beat_s:
+            self.beat()
+        if self._stop_reason is not None:
+            raise RunEnded(self._stop_reason)
+
+    def watch(self, fd: int) -> None:
+        """Let `poll` also wake when a file descriptor can be read."""
+        self._poller.add(fd)
+
+    def wake(self) -> None:
+        """End the present or the next poll; from any thread."""
+        self._waker.wake()
+
+    def stop(self, reason: str) -> None:
+        """Make the next poll raise RunEnded; from any thread or a signal handler."""
+        self._stop_reason = self._stop_reason or reason
+        self._waker.wake()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop_reason is not None
+
+    def event(self, name: str, **data: Any) -> None:
+        """Tell supervisor and dashboard of something worth a line. Sent with the next beat, at once if this thread polls."""
+        self._events.append(Event(identity=self.identity, time_s=time.time(), name=name, data=data))
+        self._next_beat_s = 0.0
+        self._waker.wake()
+
+    def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Numbers of one iteration, or of this moment (iteration -1), to the dashboard."""
+        self.observe(
+            Metrics(identity=self.identity, iteration=iteration, time_s=time.time(), values={k: float(v) for k, v in values.items()})
+        )
+
+    def observe(self, message: Message) -> None:
+        """Send an observation to the dashboard, or count it as lost."""
+        for link in self._links["observe"].values():
+            if not link.send(message):
+                self.observations_lost += 1
+
+    def snapshot(self, message: Message) -> None:
+        """Send the supervisor a message of the control channel."""
+        self._control.send(message)
+
+    def finished(self, error: str = "") -> None:
+        """This process's part is done."""
+        self._control.send(Finished(identity=self.identity, error=error))
+
+    def beat(self) -> None:
+        """Heartbeat, events, intervals and gauges."""
+        self._next_beat_s = time.monotonic() + HEARTBEAT_S
+        now = self.recorder.activity
+        self._control.send(Heartbeat(identity=self.identity, doing=now.name, peer=now.peer, since_s=now.since_s, detail=now.detail))
+        events, self._events = self._events, []
+        for event in events:
+            self._control.send(event)
+            self.observe(event)
+        if self._links["observe"]:
+            self.observe(self.recorder.drain())
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            values = {"process/cpu_s": usage.ru_utime + usage.ru_stime, "process/rss_bytes": float(resident_bytes())}
+            self.metrics(-1, {**values, **self.gauges()})
+
+    def close(self) -> None:
+        """Flush what was recorded and close every socket, giving the last messages a moment to leave."""
+        self.beat()
+        for link in [self._control, *(link for links in self._links.values() for link in links.values())]:
+            link.socket.close(linger=500)
+        for endpoint in self._served.values():
+            endpoint.close()
+        self._waker.close()
+        close_context(self.transport.context)
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Stop):
+            self.stop(message.reason)
+        elif isinstance(message, Refused):
+            self.stop(f"refused by the supervisor: {message.reason}")
+        elif isinstance(message, Peers):
+            self._meet(message)
+
+    def _meet(self, message: Peers) -> None:
+        for channel, links in self._links.items():
+            binder = CHANNELS[channel].binder
+            wanted = {p["identity"]: p["addresses"][channel] for p in message.peers if p["role"] == binder and channel in p["addresses"]}
+            for identity in [known for known in links if known not in wanted]:
+                link = links.pop(identity)
+                self._poller.remove(link)
+                link.close()
+                if channel in self._on_gone:
+                    self._on_gone[channel](identity)
+            for identity, address in wanted.items():
+                if identity not in links:
+                    link = links[identity] = Link(self.transport, channel, self.identity, address, identity)
+                    if not link.spec.one_way:
+                        self._poller.add(link)
+                    if channel in self._on_link:
+                        self._on_link[channel](link)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def on_terminate(node: Node) -> None:
+    """SIGTERM stops in order; SIGINT is the supervisor's affair."""
+    signal.signal(signal.SIGTERM, lambda *_: node.stop("terminated"))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS issued (
   group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, iteration INTEGER NOT NULL, purpose TEXT NOT NULL,
   problem_id TEXT NOT NULL, generator TEXT NOT NULL, issued_s REAL NOT NULL, PRIMARY KEY (group_id, attempt)
 );
+CREATE TABLE IF NOT EXISTS skipped (problem_id TEXT PRIMARY KEY, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS ended (
   group_id INTEGER PRIMARY KEY, iteration INTEGER NOT NULL, purpose TEXT NOT NULL, problem_id TEXT NOT NULL, state TEXT NOT NULL,
   reason TEXT NOT NULL, num_samples INTEGER NOT NULL, num_passed INTEGER NOT NULL, mean_score REAL,
@@ -55,6 +56,10 @@ class Ledger:
         """Append to the issue log."""
         rows = [(i.group_id, i.attempt, i.iteration, i.purpose, i.problem_id, i.generator, i.issued_s) for i in issues]
         self._write("INSERT INTO issued VALUES (?,?,?,?,?,?,?)", rows)
+
+    def skipped(self, problems: Iterable[tuple[str, str]]) -> None:
+        """Problems that no group is made of: (problem_id, reason)."""
+        self._write("INSERT OR IGNORE INTO skipped VALUES (?,?)", list(problems))
 
     def ended(self, outcomes: Iterable[GroupOutcome]) -> None:
         """Write terminal states. A group that has one already raises sqlite3.IntegrityError: always a bug."""

@@ -238,7 +238,7 @@ class Trajectory(Message):
         Trajectory(group_id=7, index=0, attempt=0, iteration=1, purpose="train", problem_id="train-17", generator="generator-0@1",
                    rewarder="rewarder-1@1", prompt_ids=array([1, 9, 2]), token_ids=array([9, 2, 3]),
                    behaviour_logprobs=array([-0.1, -1.3, -0.2]), loss_mask=array([True, True, True]), spans=array([[0, 0, 3]]),
-                   finish_reason="stop", score=1.0, status="accepted", parts={"unit_tests": 1.0}, detail="",
+                   finish_reason="stop", score=1.0, passed=True, status="accepted", parts={"unit_tests": 1.0}, detail="",
                    started_s=1.0, finished_s=2.0, scored_s=2.1, scoring_s=0.05)
     """
 
@@ -259,6 +259,8 @@ class Trajectory(Message):
     finish_reason: FinishReason
     score: float | None
     """None when the reward could not be found: missing, never 0."""
+    passed: bool
+    """Whether it counts for pass@1."""
     status: str
     """How the score was obtained: ok, wrong_answer, unparseable, time_limit, ...; `failed` with score None."""
     parts: dict[str, float]

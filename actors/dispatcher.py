@@ -1,0 +1,333 @@
+"""The dispatcher: turns the dataset into group tasks, as fast as generators ask and no faster than the staleness bound allows.
+
+    dataset --> [ dispatcher ] --GroupTask--> generators        (a task goes only to a generator that has loaded its min_version)
+                    ^  ^  ^-----Credit, loaded version---/
+                    |  +-------WeightsReady----- learner        (opens the next iteration)
+                    +----------GroupOutcome----- learner        (terminal states; the end of the run is when all have one)
+
+It waits for: credits (generators), versions (learner), outcomes (learner). It wakes: generators.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from actors.dataset import Order, Problem, read_problems
+from actors.pacing import Pacer
+from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
+from actors.text import Text, stop_token_ids
+from protocol.channels import Link
+from protocol.credits import Outgoing
+from protocol.errors import DataError
+from protocol.ledger import Issue, Ledger
+from protocol.messages import Credit, GroupOutcome, GroupTask, Hello, Int32Array, Message, WeightsReady
+from protocol.node import Node
+
+log = logging.getLogger("rlsys.dispatcher")
+
+FIRST_EVAL_GROUP = 1 << 40
+"""Evaluation groups are numbered from here, round by round, so that training groups are numbered alike with and without evaluation."""
+EVAL_ROUND = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatcherJob:
+    """What a dispatcher is started with; `max_context` is the model's or the configuration's, whichever is smaller."""
+
+    seed: int
+    iterations: int
+    max_staleness: int
+    model_dir: Path
+    max_context: int
+    data: DataSettings
+    sampling: SamplingSettings
+    evaluation: EvaluationSettings
+    ledger: Path
+
+
+def sample_seed(run_seed: int, group_id: int, index: int) -> int:
+    """63 bits from (run seed, group, index), without the attempt, so that a sample drawn again is the same draw."""
+    digest = hashlib.blake2b(f"{run_seed}/{group_id}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A problem with its prompt ids and the payload that travels to the reward."""
+
+    problem: Problem
+    prompt_ids: Int32Array
+    payload: bytes
+
+
+def prepare(problems: list[Problem], text: Text, data: DataSettings, longest: int) -> tuple[list[Prepared], list[Problem]]:
+    """Problems with their prompt ids, and those whose prompt is longer than `longest` tokens (skipped)."""
+    all_ids = text.encode_prompts([p.prompt for p in problems], data.prompt_template, data.chat)
+    fits, skipped = [], []
+    for problem, ids in zip(problems, all_ids, strict=True):
+        if 0 < len(ids) <= longest:
+            fits.append(Prepared(problem, ids, msgpack.packb(problem.fields)))
+        else:
+            skipped.append(problem)
+    return fits, skipped
+
+
+class Dispatcher:
+    """What is issued, what is out, what is evaluated. No sockets in here: `next_task` and the `on_*` methods are the whole interface."""
+
+    def __init__(self, job: DispatcherJob) -> None:
+        self._job = job
+        self.pacer = Pacer(job.iterations, job.sampling.groups_per_iteration, job.max_staleness)
+        text = Text(job.model_dir)
+        self._stop_ids = np.array(
+            stop_token_ids(job.model_dir) if job.sampling.stop_token_ids is None else job.sampling.stop_token_ids, np.int32
+        )
+        longest = job.max_context - job.sampling.max_tokens
+        if job.sampling.max_prompt_tokens is not None:
+            longest = min(longest, job.sampling.max_prompt_tokens)
+        self._train, self.skipped = prepare(read_problems(job.data.train), text, job.data, longest)
+        if not self._train:
+            raise DataError(f"{job.data.train}: every prompt is longer than {longest} tokens, so nothing can be trained on")
+        self._eval: list[Prepared] = []
+        if job.data.eval is not None:
+            self._eval, skipped = prepare(read_problems(job.data.eval, job.evaluation.problems), text, job.data, longest)
+            self.skipped += skipped
+        self._order = Order(len(self._train), job.seed, job.data.shuffle)
+        self._next_group = 0
+        self._eval_queue: deque[GroupTask] = deque()
+        self._eval_rounds: dict[int, list[GroupOutcome]] = {}
+        self._eval_sizes: dict[int, int] = {}
+        self.outstanding: dict[int, GroupTask] = {}
+        """Groups that were issued and have no terminal state."""
+        self._ended = 0
+
+    # ------------------------------------------------------------------------------------------------ issuing
+
+    def next_task(self) -> GroupTask | None:
+        """The next group to give out; None while pacing or the end of the run holds everything back. `issue` takes it."""
+        if self._eval_queue:
+            return self._eval_queue[0]
+        iteration = self.pacer.next_iteration()
+        if iteration is None:
+            return None
+        prepared = self._train[self._order[self._next_group]]
+        sampling = self._job.sampling
+        return self._task(
+            prepared,
+            self._next_group,
+            iteration,
+            "train",
+            self.pacer.min_version(iteration),
+            sampling.group_size,
+            sampling.temperature,
+            sampling.top_p,
+        )
+
+    def issue(self, task: GroupTask) -> None:
+        """`task` was sent to a generator."""
+        self.outstanding[task.group_id] = task
+        if task.purpose == "eval":
+            self._eval_queue.popleft()
+        else:
+            self._next_group += 1
+            self.pacer.issue(task.iteration)
+
+    def _task(
+        self, prepared: Prepared, group_id: int, iteration: int, purpose: Any, min_version: int, size: int, temperature: float, top_p: float
+    ) -> GroupTask:
+        sampling = self._job.sampling
+        return GroupTask(
+            group_id=group_id,
+            iteration=iteration,
+            attempt=0,
+            purpose=purpose,
+            min_version=min_version,
+            problem_id=prepared.problem.problem_id,
+            indices=np.arange(size, dtype=np.int32),
+            seeds=np.array([sample_seed(self._job.seed, group_id, i) for i in range(size)], np.int64),
+            prompt_ids=prepared.prompt_ids,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=sampling.top_k if purpose == "train" else 0,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=self._stop_ids,
+            payload=prepared.payload,
+        )
+
+    # ------------------------------------------------------------------------------------------------ news
+
+    def on_version(self, number: int) -> None:
+        """A version was published: it opens an iteration, and may be due for evaluation."""
+        if number <= self.pacer.published:
+            return
+        first = self.pacer.published < 0
+        self.pacer.publish(number)
+        evaluation, last = self._job.evaluation, number >= self._job.iterations
+        due = (first and number == 0 and evaluation.at_start) or (last and evaluation.at_end)
+        due = due or (number > 0 and not last and evaluation.every > 0 and number % evaluation.every == 0)
+        if due and self._eval and number not in self._eval_sizes:
+            self._eval_sizes[number] = len(self._eval)
+            self._eval_rounds[number] = []
+            first_id = FIRST_EVAL_GROUP + number * EVAL_ROUND
+            self._eval_queue.extend(
+                self._task(p, first_id + i, number, "eval", number, evaluation.samples, evaluation.temperature, evaluation.top_p)
+                for i, p in enumerate(self._eval)
+            )
+
+    def on_outcome(self, outcome: GroupOutcome) -> dict[str, Any] | None:
+        """A group ended. Returns the result of an evaluation round when this completed it."""
+        if self.outstanding.pop(outcome.group_id, None) is None:
+            return None
+        self._ended += 1
+        if outcome.purpose != "eval":
+            return None
+        outcomes = self._eval_rounds[outcome.iteration]
+        outcomes.append(outcome)
+        return evaluate(outcomes) if len(outcomes) == self._eval_sizes[outcome.iteration] else None
+
+    @property
+    def done(self) -> bool:
+        """Whether every group of the run was issued and has its terminal state, the last evaluation included."""
+        return self.pacer.all_issued and self.pacer.published >= self._job.iterations and not self._eval_queue and not self.outstanding
+
+    def waits_for(self) -> tuple[str, str, str]:
+        """(what, peer, detail) of the present wait."""
+        if self.pacer.published < 0:
+            return "waiting:first version", "learner", "the learner has published nothing yet"
+        if self.next_task() is not None:
+            return "waiting:credits", "generator", "no generator has a free place with the version that the next group needs"
+        if not self.pacer.all_issued:
+            return "waiting:version", "learner", f"v{self.pacer.published + 1} opens the next iteration"
+        return "waiting:outcomes", "learner", f"{len(self.outstanding)} groups have no terminal state yet"
+
+
+def evaluate(outcomes: list[GroupOutcome]) -> dict[str, Any]:
+    """pass@1 of one evaluation round: the mean over problems of the share of samples that passed. Failed ones are only counted."""
+    scored = [o for o in outcomes if o.state == "evaluated"]
+    return {
+        "version": outcomes[0].iteration,
+        "pass_at_1": sum(o.num_passed / o.num_samples for o in scored) / len(scored) if scored else float("nan"),
+        "problems": len(scored),
+        "failed": len(outcomes) - len(scored),
+        "samples": sum(o.num_samples for o in scored),
+        "oldest_version": min((o.oldest_version for o in scored), default=-1),
+        "newest_version": max((o.newest_version for o in scored), default=-1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the process
+
+
+class DispatcherProcess:
+    """Moves bytes between `Dispatcher` and its channels."""
+
+    def __init__(self, node: Node, job: DispatcherJob) -> None:
+        self._node = node
+        self._tasks = node.serve("tasks")
+        self._outcomes = node.serve("outcomes")
+        self._weights = node.join("weights", on_link=self._greet)
+        self._credits = Outgoing()
+        self._loaded: dict[str, int] = {}
+        self._dispatcher = Dispatcher(job)
+        self._ledger = Ledger(job.ledger)
+        node.gauges = self._gauges
+        self._training = self._finished = False
+
+    def run(self) -> None:
+        """Issue until the run ends."""
+        node, dispatcher = self._node, self._dispatcher
+        if dispatcher.skipped:
+            ids = [problem.problem_id for problem in dispatcher.skipped]
+            log.warning("%d prompts are longer than the context leaves room for and are skipped: %s", len(ids), ", ".join(ids[:10]))
+            self._ledger.skipped((i, "prompt too long") for i in ids)
+            node.event("skipped", count=len(ids), reason="prompt too long", first=ids[:10])
+        node.start()
+        while True:
+            name, peer, detail = dispatcher.waits_for()
+            node.recorder.enter(name, peer, detail)
+            node.poll(1.0)
+            node.recorder.enter("dispatching")
+            for message in self._news():
+                self._on_news(message)
+            for peer, message in self._tasks.receive():
+                self._on_generator(peer, message)
+            self._issue()
+            if dispatcher.done and not self._finished:
+                self._finished = True
+                node.finished()
+
+    def _greet(self, link: Link) -> None:
+        link.send(Hello(role="dispatcher", index=self._node.spec.index, identity=self._node.identity, epoch=self._node.spec.epoch))
+
+    def _news(self) -> Iterator[Message]:
+        for link in list(self._weights.values()):
+            yield from link.receive()
+        for _, message in self._outcomes.receive():
+            yield message
+
+    def _on_news(self, message: Message) -> None:
+        if isinstance(message, WeightsReady):
+            self._dispatcher.on_version(message.number)
+        elif isinstance(message, GroupOutcome):
+            result = self._dispatcher.on_outcome(message)
+            if result is not None:
+                self._node.event("eval", **result)
+
+    def _on_generator(self, peer: str, message: Message) -> None:
+        if isinstance(message, Hello):
+            self._credits.add_peer(peer)
+            self._loaded[peer] = message.loaded[0]
+        elif isinstance(message, Credit):
+            self._credits.granted(peer, message.total)
+            self._loaded[peer] = message.loaded[0]
+
+    def _issue(self) -> None:
+        issues: list[Issue] = []
+        while (task := self._dispatcher.next_task()) is not None:
+            able = [peer for peer in self._credits.peers if self._credits.left(peer) > 0 and self._loaded[peer] >= task.min_version]
+            if not able:
+                break
+            peer = max(able, key=self._credits.left)
+            if not self._tasks.send(peer, task):
+                self._credits.drop_peer(peer)
+                continue
+            self._credits.sent(peer)
+            self._dispatcher.issue(task)
+            issues.append(
+                Issue(
+                    group_id=task.group_id,
+                    attempt=task.attempt,
+                    iteration=task.iteration,
+                    purpose=task.purpose,
+                    problem_id=task.problem_id,
+                    generator=peer,
+                    issued_s=time.time(),
+                )
+            )
+            if task.purpose == "train" and not self._training:
+                self._training = True
+                self._node.event("training started")
+        self._ledger.issued(issues)
+
+    def _gauges(self) -> dict[str, float]:
+        d = self._dispatcher
+        return {
+            "dispatcher/groups_outstanding": len(d.outstanding),
+            "dispatcher/credits": sum(self._credits.left(peer) for peer in self._credits.peers),
+            "dispatcher/published_version": d.pacer.published,
+        }
+
+
+def run_dispatcher(node: Node, job: DispatcherJob) -> None:
+    """The body of a dispatcher process."""
+    DispatcherProcess(node, job).run()

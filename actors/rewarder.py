@@ -1,0 +1,232 @@
+"""A reward actor: scores completions in several threads and passes them on as trajectories.
+
+    generators --Completion--> [ reward x concurrency ] --Trajectory--> learner     (kept until the learner has journaled it)
+        ^--Credit, Ack--/                                  ^--Credit, Ack--/
+
+An acknowledgement goes back to the generator only after the learner's came, so that a reward actor may die at any time and lose nothing.
+It waits for: completions (generators), credit (learner). It wakes: the learner, generators.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import msgpack
+import numpy as np
+
+from actors.rewards import Reward, Sample, Score
+from actors.text import Text
+from protocol.channels import Link
+from protocol.credits import Incoming, Outgoing
+from protocol.errors import InfrastructureFault
+from protocol.messages import Ack, Completion, Credit, Hello, Trajectory, key_of
+from protocol.node import Node
+
+log = logging.getLogger("rlsys.rewarder")
+
+QUEUED_PER_THREAD = 4
+"""Completions granted per scoring thread: enough to hide a round trip, few enough that work goes where it is done first."""
+
+Key = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    peer: str
+    completion: Completion
+    score: Score
+    scoring_s: float
+
+
+class Scorers:
+    """Threads that score. `put` takes work, `results` holds what is done, `wake` is called after each."""
+
+    def __init__(self, reward: Reward, text: Text, threads: int, retries: int, wake: Callable[[], None]) -> None:
+        self._reward, self._text, self._retries = reward, text, retries
+        self._wake = wake
+        self._work: queue.SimpleQueue[tuple[str, Completion] | None] = queue.SimpleQueue()
+        self.results: deque[_Scored] = deque()
+        self.error: BaseException | None = None
+        self.active = 0
+        """Taken and not yet done."""
+        self._threads = [threading.Thread(target=self._loop, name=f"score-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, peer: str, completion: Completion) -> None:
+        """Score a completion that came from `peer`."""
+        self.active += 1
+        self._work.put((peer, completion))
+
+    def close(self) -> None:
+        """End the threads; what they score is forgotten."""
+        for _ in self._threads:
+            self._work.put(None)
+
+    def _loop(self) -> None:
+        try:
+            while (work := self._work.get()) is not None:
+                started = time.monotonic()
+                score = self._score(work[1])
+                self.results.append(_Scored(*work, score, time.monotonic() - started))
+                self._wake()
+        except BaseException as error:  # carried to the actor's own thread, which raises it
+            self.error = error
+            self._wake()
+
+    def _score(self, completion: Completion) -> Score:
+        problem = msgpack.unpackb(completion.payload)
+        sample = Sample(problem=problem, completion=self._text.decode(completion.token_ids), truncated=completion.finish_reason != "stop")
+        for attempt in range(self._retries + 1):
+            try:
+                return self._reward.score(sample)
+            except InfrastructureFault as fault:
+                log.warning("sample %d/%d, try %d of %d: %s", completion.group_id, completion.index, attempt + 1, self._retries + 1, fault)
+                reason = str(fault)
+        return Score(value=None, status="failed", detail=reason)
+
+
+class Rewarder:
+    """The loop of one reward actor."""
+
+    def __init__(self, node: Node, reward: Reward, text: Text, *, reward_name: str, concurrency: int, retries: int) -> None:
+        self._node, self._reward, self._reward_name = node, reward, reward_name
+        self._scorers = Scorers(reward, text, concurrency, retries, node.wake)
+        self._completions = node.serve("completions")
+        self._learners = node.join("trajectories", on_link=self._greet, on_gone=self._learner_gone)
+        self._incoming = Incoming(QUEUED_PER_THREAD * concurrency)
+        self._credits = Outgoing()
+        self._held: dict[Key, Trajectory | None] = {}
+        """Every sample in this actor: None while it is scored, then its trajectory until the learner acknowledges it."""
+        self._from: dict[Key, str] = {}
+        self._outbox: deque[Trajectory] = deque()
+        self._statuses: dict[str, int] = {}
+        self._scored, self._scoring_s = 0, 0.0
+        node.gauges = self._gauges
+
+    def run(self) -> None:
+        """Score until the run ends."""
+        self._node.start()
+        try:
+            while True:
+                self._node.recorder.enter(*self._activity())
+                self._node.poll(1.0)
+                if self._scorers.error is not None:
+                    raise self._scorers.error
+                self._receive()
+                self._collect()
+                self._send()
+                for peer, total in self._incoming.grants():
+                    self._completions.send(peer, Credit(total=total))
+        finally:
+            self._scorers.close()
+
+    def _activity(self) -> tuple[str, str, str]:
+        if self._scorers.active:
+            return "scoring", "", ""
+        if self._outbox:
+            return "waiting:learner credit", "learner", f"{len(self._outbox)} trajectories wait"
+        return "waiting:completions", "generator", ""
+
+    def _greet(self, link: Link) -> None:
+        """A learner appeared: it is told everything again that was never acknowledged."""
+        self._credits.add_peer(link.peer)
+        spec = self._node.spec
+        holds = np.array(list(self._held), np.int64).reshape(-1, 3)
+        link.send(Hello(role="rewarder", index=spec.index, identity=self._node.identity, epoch=spec.epoch, holds=holds))
+        self._outbox = deque(trajectory for trajectory in self._held.values() if trajectory is not None)
+
+    def _learner_gone(self, identity: str) -> None:
+        self._credits.drop_peer(identity)
+
+    def _receive(self) -> None:
+        for peer, message in self._completions.receive():
+            if isinstance(message, Hello):
+                self._incoming.add_peer(peer)
+            elif isinstance(message, Completion):
+                key = key_of(message)
+                self._from[key] = peer
+                if key in self._held:  # sent again; the first copy is being scored or waits for the learner
+                    self._incoming.done(peer)
+                    continue
+                self._held[key] = None
+                self._scorers.put(peer, message)
+        for link in list(self._learners.values()):
+            for message in link.receive():
+                if isinstance(message, Credit):
+                    self._credits.granted(link.peer, message.total)
+                elif isinstance(message, Ack):
+                    self._acknowledge(map(tuple, message.keys.tolist()))
+
+    def _acknowledge(self, keys: Iterable[Key]) -> None:
+        back: dict[str, list[Key]] = {}
+        for key in keys:
+            self._held.pop(key, None)
+            peer = self._from.pop(key, None)
+            if peer is not None:
+                back.setdefault(peer, []).append(key)
+        for peer, acknowledged in back.items():
+            self._completions.send(peer, Ack(keys=np.array(acknowledged, np.int64)))
+
+    def _collect(self) -> None:
+        while self._scorers.results:
+            scored = self._scorers.results.popleft()
+            self._scorers.active -= 1
+            self._scored += 1
+            self._scoring_s += scored.scoring_s
+            self._statuses[scored.score.status] = self._statuses.get(scored.score.status, 0) + 1
+            self._incoming.done(scored.peer)
+            trajectory = self._trajectory(scored)
+            self._held[key_of(trajectory)] = trajectory
+            self._outbox.append(trajectory)
+
+    def _trajectory(self, scored: _Scored) -> Trajectory:
+        c, score = scored.completion, scored.score
+        parts: Mapping[str, float] = {self._reward_name: score.value} if score.value is not None else {}
+        return Trajectory(
+            group_id=c.group_id,
+            index=c.index,
+            attempt=c.attempt,
+            iteration=c.iteration,
+            purpose=c.purpose,
+            problem_id=c.problem_id,
+            generator=c.generator,
+            rewarder=self._node.identity,
+            prompt_ids=c.prompt_ids,
+            token_ids=c.token_ids,
+            behaviour_logprobs=c.behaviour_logprobs,
+            loss_mask=np.ones(len(c.token_ids), np.bool_),
+            spans=c.spans,
+            finish_reason=c.finish_reason,
+            score=score.value,
+            passed=score.passed,
+            status=score.status,
+            parts=dict(parts),
+            detail=score.detail[:500],
+            started_s=c.started_s,
+            finished_s=c.finished_s,
+            scored_s=time.time(),
+            scoring_s=scored.scoring_s,
+        )
+
+    def _send(self) -> None:
+        while self._outbox and (peer := self._credits.best()) is not None:
+            self._learners[peer].send(self._outbox.popleft())
+            self._credits.sent(peer)
+
+    def _gauges(self) -> dict[str, float]:
+        statuses = {f"verdict/{status}": float(count) for status, count in self._statuses.items()}
+        return {
+            "rewarder/scored": self._scored,
+            "rewarder/scoring_s": self._scoring_s,
+            "rewarder/queued": self._scorers.active,
+            "rewarder/outbox": len(self._outbox),
+            "rewarder/unacknowledged": len(self._held),
+            **statuses,
+        }

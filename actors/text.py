@@ -1,0 +1,65 @@
+"""Text to token ids and back, by the `tokenizers` library alone, so that dispatcher and reward actors need no model library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from protocol.errors import DataError
+
+
+class Text:
+    """The tokenizer of a model directory."""
+
+    def __init__(self, model_dir: Path) -> None:
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"{model_dir}: no tokenizer.json; expected a Hugging Face directory with a fast tokenizer")
+        self._tokenizer: Any = Tokenizer.from_file(str(path))
+        self._model_dir = model_dir
+
+    def encode_prompts(self, prompts: Sequence[str], template: str, chat: bool) -> list[npt.NDArray[np.int32]]:
+        """Prompt ids [prompt tokens] of each prompt, inside the template or the model's chat template."""
+        texts = self._chat(prompts) if chat else [template.replace("{prompt}", prompt) for prompt in prompts]
+        return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, token_ids: npt.NDArray[np.int32]) -> str:
+        """The text of a completion, without special tokens."""
+        text: str = self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        return text
+
+    def _chat(self, prompts: Sequence[str]) -> list[str]:
+        from transformers import AutoTokenizer  # only models that are prompted by a chat template need it
+
+        tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
+        if not tokenizer.chat_template:
+            raise DataError(f"{self._model_dir}: data.chat is set, but the tokenizer has no chat template")
+        return [
+            tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+            for prompt in prompts
+        ]
+
+
+def stop_token_ids(model_dir: Path) -> list[int]:
+    """The model's end-of-sequence ids: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = model_dir / name
+        if path.is_file():
+            found = json.loads(path.read_text()).get("eos_token_id")
+            if found is not None:
+                return [int(found)] if isinstance(found, int) else [int(i) for i in found]
+    raise DataError(f"{model_dir}: neither generation_config.json nor config.json names an eos_token_id; set sampling.stop_token_ids")
+
+
+def context_length(model_dir: Path) -> int:
+    """Most tokens that the model was built for: `max_position_embeddings` of config.json."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise DataError(f"{model_dir}: no config.json; expected a Hugging Face model directory")
+    return int(json.loads(path.read_text())["max_position_embeddings"])

@@ -1,0 +1,57 @@
+"""A generator's end of the weights channel: take the newest announced version, verify every tensor, hand it to the engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from actors.engines import Engine
+from protocol.errors import WeightsError
+from protocol.manifest import verify
+from protocol.messages import Version, WeightsLoaded, WeightsReady
+
+log = logging.getLogger("rlsys.weights")
+
+
+class WeightsIntake:
+    """Remembers the newest announcement and loads it when asked. Older ones and repeats change nothing."""
+
+    def __init__(self, identity: str, engine: Engine) -> None:
+        self._identity = identity
+        self._engine = engine
+        self._announced: WeightsReady | None = None
+
+    def announce(self, ready: WeightsReady) -> None:
+        """A version is complete on disk."""
+        if self._announced is None or (ready.number, ready.incarnation) > (self._announced.number, self._announced.incarnation):
+            self._announced = ready
+
+    @property
+    def pending(self) -> WeightsReady | None:
+        """The announced version that is not loaded, if any."""
+        ready, loaded = self._announced, self._engine.version
+        return ready if ready is not None and (loaded is None or Version(ready.number, ready.incarnation) > loaded) else None
+
+    def load(self, ready: WeightsReady) -> WeightsLoaded:
+        """Verify and load `ready`. A fault is returned in `error`, and the version is not tried again; the engine keeps the old weights."""
+        started = time.monotonic()
+        version = Version(ready.number, ready.incarnation)
+        error, pause = "", 0.0
+        try:
+            verify(Path(ready.directory), ready.manifest_sha256)
+            pause = self._engine.load_weights(Path(ready.directory), version)
+        except WeightsError as fault:
+            error = str(fault)
+            log.warning("%s not loaded: %s", version, error)
+            if self._announced is ready:
+                self._announced = None
+        return WeightsLoaded(
+            generator=self._identity,
+            number=ready.number,
+            incarnation=ready.incarnation,
+            load_s=time.monotonic() - started,
+            pause_s=pause,
+            error=error,
+            canary_error=float("nan"),
+        )

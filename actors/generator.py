@@ -81,7 +81,11 @@ class Generator:
     def _hello(self) -> Hello:
         version = self._engine.version or Version(-1)
         return Hello(
-            role="generator", index=self._node.spec.index, identity=self._node.identity, epoch=self._node.spec.epoch, loaded=(version.number, version.incarnation)
+            role="generator",
+            index=self._node.spec.index,
+            identity=self._node.identity,
+            epoch=self._node.spec.epoch,
+            loaded=(version.number, version.incarnation),
         )
 
     def _greet(self, link: Link) -> None:

@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ class Node:
         self._links: dict[str, dict[str, Link]] = {}
         self._on_link: dict[str, Callable[[Link], None]] = {}
         self._on_gone: dict[str, Callable[[str], None]] = {}
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()
+        self._published: dict[str, str] = {}
+        self._peers: list[dict[str, Any]] = []
         self._next_beat_s = 0.0
         self.observations_lost = 0
         self.join("observe")
@@ -113,9 +116,17 @@ class Node:
             self._on_gone[channel] = on_gone
         return self._links.setdefault(channel, {})
 
+    def publish_address(self, name: str, address: str) -> None:
+        """Publish, with `start`, an address that is no channel of ours (the meeting point of the learner's ranks)."""
+        self._published[name] = address
+
+    def addresses_of(self, name: str) -> dict[str, str]:
+        """Addresses published under `name`: "role-index" -> address."""
+        return {f"{p['role']}-{p['index']}": p["addresses"][name] for p in self._peers if name in p["addresses"]}
+
     def start(self) -> None:
         """Register with the supervisor; Peers follow."""
-        addresses = {channel: endpoint.address for channel, endpoint in self._served.items()}
+        addresses = {channel: endpoint.address for channel, endpoint in self._served.items()} | self._published
         spec = self.spec
         self._control.send(Register(role=spec.role, index=spec.index, identity=self.identity, pid=os.getpid(), addresses=addresses))
         self.beat()
@@ -180,8 +191,8 @@ class Node:
         self._next_beat_s = time.monotonic() + HEARTBEAT_S
         now = self.recorder.activity
         self._control.send(Heartbeat(identity=self.identity, doing=now.name, peer=now.peer, since_s=now.since_s, detail=now.detail))
-        events, self._events = self._events, []
-        for event in events:
+        while self._events:
+            event = self._events.popleft()
             self._control.send(event)
             self.observe(event)
         if self._links["observe"]:
@@ -209,6 +220,7 @@ class Node:
             self._meet(message)
 
     def _meet(self, message: Peers) -> None:
+        self._peers = message.peers
         for channel, links in self._links.items():
             binder = CHANNELS[channel].binder
             wanted = {p["identity"]: p["addresses"][channel] for p in message.peers if p["role"] == binder and channel in p["addresses"]}

@@ -1,0 +1,238 @@
+"""The learner group: takes batch k at version k, trains on it, publishes version k + 1. Read `train` top to bottom.
+
+    reward actors --Trajectory--> [ intake | batcher -> step -> publisher ] --WeightsReady--> generators, dispatcher
+                                            \\--batch--> ranks 1..K-1 (torch.distributed), which hold the same model
+
+It waits for: trajectories (reward actors), the other ranks. It wakes: generators and dispatcher, by publishing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from learner.batcher import Assembler, Batch, Batcher
+from learner.intake import Intake
+from learner.packing import TrainSample
+from learner.parallel import Group, SingleProcess, connect_store, join, open_store
+from learner.publisher import Publisher
+from learner.settings import LearnerSettings
+from learner.step import Step, pick_device
+from protocol.errors import RunEnded
+from protocol.intervals import Recorder
+from protocol.journal import Journal
+from protocol.ledger import Ledger
+from protocol.messages import Version
+from protocol.node import Node
+
+log = logging.getLogger("rlsys.learner")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerJob:
+    """What every rank of the learner group is started with."""
+
+    iterations: int
+    groups_per_iteration: int
+    group_size: int
+    eval_samples: int
+    max_staleness: int
+    temperature: float
+    model_dir: Path
+    run_dir: Path
+    weights_dir: Path
+    publish_dtype: str
+    host: str
+    settings: LearnerSettings
+
+
+def run_learner(node: Node, job: LearnerJob) -> None:
+    """The body of one learner process: rank 0 leads, the others follow."""
+    if node.spec.index == 0:
+        Leader(node, job).run()
+    else:
+        follow(node, job)
+
+
+# ---------------------------------------------------------------------------------------------------- rank 0
+
+
+class Leader:
+    """Rank 0: the only rank with sockets, the journal and the ledger."""
+
+    def __init__(self, node: Node, job: LearnerJob) -> None:
+        self._node, self._job = node, job
+        self._recorder: Recorder = node.recorder
+        batcher = Batcher(
+            job.settings,
+            groups_per_iteration=job.groups_per_iteration,
+            group_size=job.group_size,
+            max_staleness=job.max_staleness,
+            temperature=job.temperature,
+        )
+        assembler = Assembler(job.group_size, job.eval_samples)
+        self._journal = Journal(job.run_dir / "journal")
+        self._intake = Intake(node, assembler, batcher, self._journal, Ledger(job.run_dir / "ledger.sqlite"))
+        self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype)
+        self._group = self._gather(job)
+        self._step = Step(job.settings, job.model_dir, self._group)
+        self._tokens = 0.0
+        self._failed = False
+        node.gauges = self._gauges
+
+    def _gather(self, job: LearnerJob) -> Group:
+        if job.settings.ranks == 1:
+            self._intake.start()
+            return SingleProcess()
+        timeout = job.settings.collective_timeout_s
+        store = open_store(job.host, job.settings.ranks, timeout)
+        self._node.publish_address("rendezvous", f"{job.host}:{store.port}")
+        self._intake.start()
+        self._recorder.enter("waiting:ranks", "learner", f"{job.settings.ranks - 1} other ranks")
+        return join(store, 0, job.settings.ranks, device=pick_device(job.settings.device, 0), timeout_s=timeout)
+
+    def run(self) -> None:
+        """Train all iterations, save the final model, and serve until the run stops."""
+        guard = threading.Thread(target=self._end_when_stopped, name="guard", daemon=True)
+        guard.start()
+        try:
+            self.train()
+            self._recorder.enter("save")
+            self._publisher.export(self._job.run_dir / "final_model", self._step.state_dict_for_publishing())
+            self._node.event("training ended", iterations=self._job.iterations)
+            self._group.broadcast_bytes(b"")
+            self._node.finished()
+            self._intake.wait_end(self._recorder)
+        except BaseException as error:
+            self._failed = not isinstance(error, RunEnded)
+            raise
+        finally:
+            self._journal.close()
+            self._intake.close()
+            self._group.close()
+
+    def train(self) -> None:
+        """The loop of the whole system."""
+        recorder, job = self._recorder, self._job
+        self._publish(0)
+        for iteration in range(job.iterations):
+            batch = self._intake.wait_batch(iteration, recorder)
+
+            with recorder.during("journal batch"):
+                self._journal.append([b"batch", msgpack.packb({"iteration": iteration, "groups": [o.group_id for o in batch.outcomes]})])
+                self._journal.sync()
+
+            started = time.monotonic()
+            with recorder.during("train"):
+                if self._group.size > 1:
+                    self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
+                metrics = self._step.train(batch.samples, iteration, job.iterations)
+            train_s = time.monotonic() - started
+
+            publish_s = self._publish(iteration + 1)
+            self._intake.end_groups(batch.outcomes)
+            self._report(batch, metrics.values, train_s, publish_s)
+
+    def _publish(self, number: int) -> float:
+        started = time.monotonic()
+        with self._recorder.during("publish"):
+            ready = self._publisher.publish(Version(number), self._step.state_dict_for_publishing())
+            self._intake.announce(ready)
+        return time.monotonic() - started
+
+    def _report(self, batch: Batch, values: dict[str, float], train_s: float, publish_s: float) -> None:
+        tokens = values["num_tokens"]
+        self._tokens += tokens
+        step = {f"train/{name}": value for name, value in values.items()}
+        self._intake.report(
+            batch.iteration,
+            {**batch.metrics, **step, "train/seconds": train_s, "train/publish_s": publish_s, "train/tokens_per_s": tokens / train_s},
+        )
+
+    def _gauges(self) -> dict[str, float]:
+        return {"learner/received": float(self._intake.received), "learner/tokens": self._tokens}
+
+    def _end_when_stopped(self) -> None:
+        """A stop during a long step or collective: give it a moment to end in order, then leave."""
+        while not self._node.stopping:
+            time.sleep(0.2)
+        time.sleep(STOP_GRACE_S)
+        os._exit(1 if self._failed else 0)
+
+
+STOP_GRACE_S = 3.0
+"""How long a rank may take to leave a step after the run was stopped. What it computes then is not used."""
+
+
+# ---------------------------------------------------------------------------------------------------- ranks 1..K-1
+
+
+def follow(node: Node, job: LearnerJob) -> None:
+    """Train on what rank 0 broadcasts, until it broadcasts nothing; then stay until the run stops."""
+    settings = job.settings
+    node.start()
+    node.recorder.enter("waiting:rank 0", "learner", "its address")
+    address = ""
+    while not address:
+        node.poll(1.0)
+        address = node.addresses_of("rendezvous").get("learner-0", "")
+    host, _, port = address.rpartition(":")
+    poller = threading.Thread(target=_poll_until_stopped, args=(node,), name="poll", daemon=True)
+    poller.start()
+    store = connect_store(host, int(port), settings.ranks, settings.collective_timeout_s)
+    rank = node.spec.index
+    group = join(store, rank, settings.ranks, device=pick_device(settings.device, rank), timeout_s=settings.collective_timeout_s)
+    step = Step(settings, job.model_dir, group)
+    while True:
+        node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")
+        data = group.broadcast_bytes(None)
+        if not data:
+            break
+        node.recorder.enter("train")
+        samples, iteration = unpack_batch(data)
+        step.train(samples, iteration, job.iterations)
+    node.recorder.enter("waiting:end of run", "learner", "")
+    poller.join()
+
+
+def _poll_until_stopped(node: Node) -> None:
+    """Heartbeats while the main thread computes; leaves the process when the run stops, because a collective cannot be interrupted."""
+    try:
+        while True:
+            node.poll(1.0)
+    except RunEnded:
+        node.close()
+        os._exit(0)
+
+
+def pack_batch(samples: Sequence[TrainSample], iteration: int) -> bytes:
+    """A batch as msgpack with raw little-endian arrays: nothing is pickled between ranks either."""
+
+    def plain(value: Any) -> Any:
+        return value.tobytes() if isinstance(value, np.ndarray) else value
+
+    rows = [{name: plain(value) for name, value in asdict(sample).items()} for sample in samples]
+    data: bytes = msgpack.packb({"iteration": iteration, "samples": rows})
+    return data
+
+
+_ARRAYS = {"prompt_ids": np.int32, "token_ids": np.int32, "behaviour_logprobs": np.float32, "loss_mask": np.bool_}
+
+
+def unpack_batch(data: bytes) -> tuple[list[TrainSample], int]:
+    """The inverse of `pack_batch`."""
+    content = msgpack.unpackb(data)
+    samples = [
+        TrainSample(**{name: np.frombuffer(value, _ARRAYS[name]) if name in _ARRAYS else value for name, value in row.items()})
+        for row in content["samples"]
+    ]
+    return samples, content["iteration"]

@@ -1,0 +1,7 @@
+"""`python -m rlsys`."""
+
+import sys
+
+from rlsys.cli import main
+
+sys.exit(main())

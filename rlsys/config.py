@@ -1,0 +1,197 @@
+"""The configuration of a run: YAML in, a checked and frozen `RunConfig` out. Imports no heavy library.
+
+Every key stands beside its owner: actors/settings.py, learner/settings.py, and the few of the whole run here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from actors.settings import (
+    DataSettings,
+    EvaluationSettings,
+    GeneratorSettings,
+    Positive,
+    RewarderSettings,
+    SamplingSettings,
+    ScheduleSettings,
+    Settings,
+)
+from learner.settings import LearnerSettings
+from protocol.errors import ConfigError
+
+BUILTIN = "builtin:"
+"""Prefix of models and datasets that rlsys makes itself on first use."""
+
+
+class ModelSettings(Settings):
+    """The policy to train."""
+
+    path: Path = Field(description="a Hugging Face directory, or builtin:quickstart")
+    max_context: Positive | None = Field(None, description="most tokens of prompt and completion; default: the model's own limit")
+
+
+class WeightsSettings(Settings):
+    """Published versions."""
+
+    directory: Path | None = Field(
+        None, description="where versions are written; default: memory (/dev/shm) if it has room, else the run directory"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the published tensors and the final model")
+
+
+class TransportSettings(Settings):
+    """How processes of a run reach each other."""
+
+    kind: Literal["ipc", "tcp"] = Field(
+        "ipc", description="ipc: files in a private directory; tcp: free ports, encrypted and authenticated by the run's key"
+    )
+    host: str = Field("127.0.0.1", description="address that tcp sockets are bound to")
+
+
+class DeadlineSettings(Settings):
+    """What may take how long before the run ends with a sentence that says who waited for whom. Seconds."""
+
+    startup_s: float = Field(300.0, gt=0, description="from the start of a process to its first sign of life")
+    heartbeat_s: float = Field(60.0, gt=0, description="silence after which a process counts as hung")
+    stall_s: float = Field(900.0, gt=0, description="time in which every process waits and nothing moves")
+    shutdown_s: float = Field(8.0, gt=0, description="from the stop to the end of the last process")
+
+
+class RunConfig(Settings):
+    """Everything about one run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,60}$", description="part of the run directory's name")
+    seed: int = Field(0, ge=0, description="of sampling and of the order of problems")
+    iterations: Positive = Field(description="batches to train on; each publishes one version")
+    model: ModelSettings
+    data: DataSettings
+    sampling: SamplingSettings
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    generators: GeneratorSettings = Field(default_factory=GeneratorSettings)
+    rewarders: RewarderSettings = Field(default_factory=RewarderSettings)
+    learner: LearnerSettings = Field(default_factory=LearnerSettings)
+    weights: WeightsSettings = Field(default_factory=WeightsSettings)
+    transport: TransportSettings = Field(default_factory=TransportSettings)
+    deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        sampling, context = self.sampling, self.model.max_context
+        if self.learner.ranks > sampling.groups_per_iteration:
+            raise ValueError(
+                f"learner.ranks is {self.learner.ranks} but an iteration has only {sampling.groups_per_iteration} groups "
+                "(sampling.groups_per_iteration), so some ranks would have nothing to train on"
+            )
+        if context is not None and sampling.max_tokens >= context:
+            raise ValueError(
+                f"sampling.max_tokens is {sampling.max_tokens}, which leaves no room for a prompt in model.max_context {context}"
+            )
+        if sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike, so nothing can be learned from them")
+        if sampling.group_size < 2 and self.learner.advantage == "grpo":
+            raise ValueError("sampling.group_size is 1: group-relative advantages need at least 2 samples of a prompt")
+        minimum = self.learner.min_samples
+        if minimum is not None and minimum > sampling.group_size:
+            raise ValueError(f"learner.min_samples is {minimum}, more than the sampling.group_size of {sampling.group_size}")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a configuration. `overrides` are "learner.optimizer.lr=1e-6". Raises ConfigError, one line per fault."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, expected keys such as model, data, sampling")
+    for override in overrides:
+        _set(content, override)
+    return parse_config(content, str(path), path.parent)
+
+
+def parse_config(content: Mapping[str, Any], source: str, base: Path | None = None) -> RunConfig:
+    """A checked configuration from plain data. Relative paths count from `base`."""
+    try:
+        config = RunConfig.model_validate(_absolute(content, base) if base else content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_explain(fault)}" for fault in error.errors())) from None
+    return config
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as learner.optimizer.lr=1e-6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML") from None
+    if isinstance(value, str):  # YAML 1.1 takes 1e-6 for text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    place = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = place.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} is {child!r}, not a group of keys")
+        place = child
+    place[last] = value
+
+
+_PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"))
+
+
+def _absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Paths with ~ and $VARIABLES expanded, relative ones counted from the configuration file."""
+    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    for group, key in _PATHS:
+        section = copy.get(group)
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value, str) and not value.startswith(BUILTIN):
+            section[key] = str((base / Path(os.path.expandvars(value)).expanduser()).resolve())
+    return copy
+
+
+def _explain(fault: Any) -> str:
+    """One pydantic fault as a sentence with the key's full path, and the nearest known key for an unknown one."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        return f"unknown key {where}" + (
+            f"; did you mean {'.'.join([*map(str, fault['loc'][:-1]), near[0]])}?" if near else f"; known here: {', '.join(known)}"
+        )
+    if fault["type"] == "missing":
+        return f"{where} is missing"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} is {fault['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys(loc: Sequence[Any]) -> list[str]:
+    model: Any = RunConfig
+    for part in loc:
+        spec = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = spec.annotation if spec is not None else None
+    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text

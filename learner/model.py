@@ -1,0 +1,92 @@
+"""The model that is trained: load it, and find the log-probs of the tokens that a micro-batch trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from learner.logprobs import head_logprobs
+from learner.packing import MicroBatch
+from protocol.errors import DataError
+
+
+class CausalModel:
+    """A transformers causal language model, split into the part below its head and the head.
+
+    Parameters are masters in float32 (float64 if asked for). Dropout is off: the ratio to the behaviour policy would otherwise be noise.
+    """
+
+    def __init__(self, directory: Path, *, device: torch.device, dtype: str, gradient_checkpointing: bool = False) -> None:
+        """Raises DataError when `directory` holds no such model, or one whose logits are more than its head times its hidden states."""
+        transformers_logging.disable_progress_bar()
+        self.device = device
+        self.autocast = dtype == "bfloat16"
+        try:
+            self.network: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float64 if dtype == "float64" else torch.float32, attn_implementation="sdpa", local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"no causal language model can be read from {directory}: {error}") from error
+        self.network.to(device).eval()
+        if gradient_checkpointing:
+            renamed = hasattr(self.network, "activation_checkpointing_enable")  # in transformers 5.2x; the old name warns from then on
+            (self.network.activation_checkpointing_enable if renamed else self.network.gradient_checkpointing_enable)()
+            self.network.train()
+            _turn_dropout_off(self.network)
+        self.trunk: nn.Module = self.network.get_decoder()
+        self.head: nn.Linear = self.network.get_output_embeddings()
+        self._check_head(directory)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers under their transformers names, tied weights once. Live tensors, no copies."""
+        tensors: dict[str, Tensor] = dict(self.network.named_parameters())
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            if not isinstance(value, nn.Parameter):
+                tensors[name] = value
+        return tensors
+
+    def token_logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs [T] of the micro-batch's trainable tokens and entropies [T] of their distributions, at the sampling temperature.
+
+        Entropies are in nats and carry a gradient only when asked to.
+        """
+
+        def place(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+        arguments = {"input_ids": place(batch.input_ids), "use_cache": False}
+        if batch.position_ids is not None:
+            arguments["position_ids"] = place(batch.position_ids)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.trunk(**arguments).last_hidden_state
+            hidden_TD = hidden.flatten(0, 1).index_select(0, place(batch.hidden_T))
+            return head_logprobs(
+                hidden_TD,
+                self.head.weight,
+                self.head.bias,
+                place(batch.targets_T),
+                place(batch.temperature_T),
+                entropy_gradient=entropy_gradient,
+            )
+
+    @torch.no_grad()
+    def _check_head(self, directory: Path) -> None:
+        """Some models scale or cap their logits after the head; find out by comparing one token instead of listing them."""
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        found = self.network(input_ids=ids, use_cache=False).logits
+        expected = self.head(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+            raise DataError(f"{directory}: the model changes its logits after the head (scaling, soft cap), which is not supported")
+
+
+def _turn_dropout_off(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -1,0 +1,165 @@
+"""The ranks of the learner: sums, bytes and barriers between them, each with a deadline.
+
+Every rank holds the whole model and sees the whole batch; it computes the gradient of its share, and the sum of all shares is the
+gradient of the batch. Sums are taken in an order that depends on the number of ranks alone, and every rank gets the same bits.
+Only tensors travel (no pickle). Not covered: models too large for one rank's memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from protocol.errors import DeadlineExceeded, InfrastructureFault
+
+
+class Group(Protocol):
+    """What the step and the trainer need of the ranks. Collective calls are made by all ranks in the same order."""
+
+    rank: int
+    size: int
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over ranks."""
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its elementwise maximum over ranks."""
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0 gives bytes, the others None; all get rank 0's."""
+
+    def barrier(self) -> None:
+        """Return when all ranks are here. Raises DeadlineExceeded that names who is missing, where the backend knows."""
+
+    def close(self) -> None:
+        """Leave; a second call does nothing."""
+
+
+class SingleProcess:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, tensor: Tensor) -> None:
+        """The sum over one rank."""
+
+    def maximum(self, tensor: Tensor) -> None:
+        """The maximum over one rank."""
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """The bytes themselves."""
+        if data is None:
+            raise ValueError("broadcast_bytes: rank 0 must give the bytes")
+        return data
+
+    def barrier(self) -> None:
+        """Always here."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+def open_store(host: str, ranks: int, timeout_s: float) -> TCPStore:
+    """Rank 0's meeting point, listening on a free port of `host`: publish `store.port`, then pass the store to `join`."""
+    return TCPStore(host, 0, ranks, is_master=True, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def connect_store(host: str, port: int, ranks: int, timeout_s: float) -> TCPStore:
+    """The other ranks' way to rank 0's store. Raises DeadlineExceeded when nobody listens there in time."""
+    try:
+        return TCPStore(host, port, ranks, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise DeadlineExceeded(f"no learner rank 0 at {host}:{port} after {timeout_s:g} s") from error
+
+
+def join(store: TCPStore, rank: int, size: int, *, device: torch.device, timeout_s: float) -> ProcessGroup:
+    """Meet the other ranks over `store`: NCCL on CUDA, Gloo on a CPU. One group in a process at a time."""
+    if _is_loopback(store.host):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else Gloo resolves the host's name, which a container may not know
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise _named(error, f"learner rank {rank} of {size}: the ranks did not meet at {store.host}:{store.port}", timeout_s) from error
+    return ProcessGroup(rank, size, device, timeout_s)
+
+
+class ProcessGroup:
+    """Several ranks over torch.distributed."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+        """Use `join`."""
+        self.rank, self.size = rank, size
+        self._device, self._timeout_s = device, timeout_s
+        self._open = True
+
+    def sum(self, tensor: Tensor) -> None:
+        """Ring reduction: each part is summed once, in the order of the ring, and handed round."""
+        self._collective("sum", lambda: dist.all_reduce(tensor, op=dist.ReduceOp.SUM))
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Elementwise maximum over ranks."""
+        self._collective("maximum", lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Length first, then the bytes as a uint8 tensor."""
+        if (self.rank == 0) != (data is not None):
+            raise ValueError(f"broadcast_bytes: rank 0 gives bytes and the others None, rank {self.rank} did otherwise")
+        length = torch.tensor([len(data or b"")], dtype=torch.int64, device=self._device)
+        self._collective("broadcast", lambda: dist.broadcast(length, src=0))
+        count = int(length.item())
+        if not count:
+            return b""
+        buffer = torch.empty(count, dtype=torch.uint8) if data is None else torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        buffer = buffer.to(self._device)
+        self._collective("broadcast", lambda: dist.broadcast(buffer, src=0))
+        return buffer.cpu().numpy().tobytes()
+
+    def barrier(self) -> None:
+        """Wait for all ranks; Gloo names the missing ones."""
+        if self._device.type == "cuda":
+            self._collective("barrier", dist.barrier)
+        else:
+            limit = datetime.timedelta(seconds=self._timeout_s)
+            self._collective("barrier", lambda: dist.monitored_barrier(timeout=limit, wait_all_ranks=self.rank == 0))
+
+    def close(self) -> None:
+        """Leave the group; what other ranks still wait for fails there."""
+        if self._open:
+            self._open = False
+            dist.destroy_process_group()
+
+    def _collective(self, what: str, call: object) -> None:
+        try:
+            call()  # type: ignore[operator]
+        except RuntimeError as error:
+            raise _named(error, f"learner rank {self.rank} of {self.size}: {what} failed", self._timeout_s) from error
+
+
+def _named(error: RuntimeError, what: str, timeout_s: float) -> Exception:
+    """Timeouts and lost peers, told apart by Gloo's and NCCL's words; the first line carries the reason."""
+    text = str(error).splitlines()[0]
+    if "imed out" in text or "imeout" in text:
+        return DeadlineExceeded(f"{what} after {timeout_s:g} s: {text}")
+    return InfrastructureFault(f"{what}: {text}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

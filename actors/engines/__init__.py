@@ -80,7 +80,7 @@ class EngineOptions:
     """What every engine is built from. `extra` holds the options of the engine's own `Options` model."""
 
     model_path: Path
-    """A Hugging Face directory; its configuration is used always, its weights until the first `load_weights`."""
+    """A Hugging Face directory. Its configuration holds for every version; weights, the first too, come by `load_weights`."""
     max_context: int
     """Most tokens of prompt and completion together."""
     slots: int = 64
@@ -91,7 +91,11 @@ class EngineOptions:
 
 
 class Engine(Protocol):
-    """Samples many requests at once. One thread calls it; no method blocks for longer than one decode step, except `load_weights` and `close`."""
+    """Samples many requests at once.
+
+    One thread calls it; no method blocks for longer than one decode step, except `load_weights` and `close`.
+    Nothing is sampled before the first `load_weights`.
+    """
 
     def submit(self, request: SampleRequest) -> None:
         """Queue a request. Raises ValueError for token ids outside the vocabulary and for a prompt that leaves no room to sample."""
@@ -100,10 +104,17 @@ class Engine(Protocol):
         """End what is left of a request: its samples come out of the next `step` with finish reason "abort" and the tokens so far."""
 
     def step(self, timeout_s: float) -> list[Sampled]:
-        """Do one unit of work (or wait for at most `timeout_s` for work done elsewhere) and return the completions that ended."""
+        """Do one unit of work (or wait for at most `timeout_s` for work done elsewhere) and return the completions that ended.
+
+        An engine that works in this process has nothing to wait for and returns at once when idle: an idle caller waits on its own sockets.
+        """
 
     def load_weights(self, directory: Path, version: Version) -> float:
-        """Swap in the published weights while requests run: later tokens carry `version`. Returns seconds that running samples stood still."""
+        """Swap in the published weights while requests run: later tokens carry `version`, with the cache recomputed.
+
+        Takes a plain Hugging Face directory as well. Returns the seconds that running samples stood still.
+        Raises WeightsError when the tensors do not fit the model; the old version then stays loaded.
+        """
 
     def score(self, prompt_ids: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], temperature: float) -> npt.NDArray[np.float32]:
         """Log-probs [T] of given tokens after a prompt under the loaded weights, computed as while sampling."""

@@ -1,0 +1,16 @@
+"""Options of the embedded engine, importable without torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Sizes of work. The defaults suit small models on a CPU; none changes a token beyond floating-point rounding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefill_tokens: int = Field(512, ge=1)
+    """Most padded tokens that one batch of prompts holds; a longer prompt is prefilled alone. Bounds how long samples are held up."""
+    context_bucket: int = Field(16, ge=1)
+    """Attention covers the longest running sample, rounded up to a multiple of this."""

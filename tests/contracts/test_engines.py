@@ -1,0 +1,142 @@
+"""What every engine of the table must do, checked on a tiny real model against transformers' own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.engines import ENGINES, Engine, EngineOptions
+from protocol.errors import WeightsError
+from protocol.messages import Span, Version
+from protocol.registry import resolve
+from tests.actors.tiny_models import CONTEXT, VOCABULARY, build, drain, prompt, reference_logprobs, request, save
+
+MARKS: dict[str, list[pytest.MarkDecorator]] = {}
+"""Engines that need more than the CI machine has, and the marker that says so."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
+    """Two versions of one model and their directories."""
+    return [(model := build("qwen3", seed), save(model, tmp_path_factory.mktemp(f"v{seed}"))) for seed in (0, 1)]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in ENGINES])
+def engine(request: pytest.FixtureRequest, models: list[tuple[Any, Path]]) -> Iterator[Engine]:
+    """An engine with version 0 loaded."""
+    built: Engine = resolve(request.param, ENGINES, "engine")(EngineOptions(model_path=models[0][1], max_context=CONTEXT, slots=4))
+    try:
+        assert built.version is None
+        built.load_weights(models[0][1], Version(0))
+        yield built
+    finally:
+        built.close()
+
+
+def test_logprobs_are_those_of_a_full_forward_pass(engine: Engine, models: list[tuple[Any, Path]]) -> None:
+    for i, temperature in enumerate((1.0, 0.7, 1.6)):
+        engine.submit(request(f"r{i}", prompt(5 + i, i), (1, 2, 3), temperature=temperature, top_p=0.9 if i else 1.0))
+    ended = drain(engine)
+    assert len(ended) == 9
+    for (name, _), sample in ended.items():
+        i = int(name[1:])
+        expected = reference_logprobs(models[0][0], prompt(5 + i, i), sample.token_ids, (1.0, 0.7, 1.6)[i])
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5)
+        assert sample.token_ids.dtype == np.int32 and sample.logprobs.dtype == np.float32
+        assert sample.spans == (Span(0, 0, 12),) and sample.finish_reason == "length"
+
+
+def test_tokens_across_a_swap_belong_to_the_version_that_their_span_names(engine: Engine, models: list[tuple[Any, Path]]) -> None:
+    engine.submit(request("r", prompt(7), (1, 2), max_tokens=40))
+    ended = {}
+    while engine.load.progress.get("r", 0) < 5:
+        ended.update({(s.request_id, s.position): s for s in engine.step(0.1)})
+    assert not ended
+    engine.load_weights(models[1][1], Version(3, 1))
+    assert engine.version == Version(3, 1) and engine.load.swaps == 1
+    for sample in drain(engine).values():
+        first, second = sample.spans
+        assert first[:2] == (0, 0) and second == Span(3, 1, 40) and 0 < first.end < 40
+        old, new = (reference_logprobs(model, prompt(7), sample.token_ids, 1.0) for model, _ in models)
+        np.testing.assert_allclose(sample.logprobs[: first.end], old[: first.end], atol=1e-5)
+        np.testing.assert_allclose(sample.logprobs[first.end :], new[first.end :], atol=1e-5)
+
+
+def test_a_seed_fixes_the_sample(engine: Engine) -> None:
+    engine.submit(request("alone", prompt(6), (11,)))
+    alone = drain(engine)["alone", 0]
+    for i in range(3):
+        engine.submit(request(f"other{i}", prompt(3 + i, 9), (i, i + 1, i + 2), max_tokens=5 + i))
+    engine.submit(request("again", prompt(6), (12, 11)))
+    ended = drain(engine)
+    np.testing.assert_array_equal(alone.token_ids, ended["again", 1].token_ids)
+    assert not np.array_equal(alone.token_ids, ended["again", 0].token_ids)
+
+
+def test_a_stop_token_ends_a_sample_and_is_part_of_it(engine: Engine) -> None:
+    engine.submit(request("free", prompt(6), (5,), max_tokens=30))
+    free = drain(engine)["free", 0].token_ids
+    stop = int(free[4])
+    engine.submit(request("stopped", prompt(6), (5,), max_tokens=30, stop_token_ids=(stop, VOCABULARY - 1)))
+    sample = drain(engine)["stopped", 0]
+    end = int(np.flatnonzero(np.isin(free, (stop, VOCABULARY - 1)))[0]) + 1
+    np.testing.assert_array_equal(sample.token_ids, free[:end])
+    assert sample.finish_reason == "stop" and sample.spans[-1].end == end == len(sample.logprobs)
+
+
+def test_the_context_ends_a_sample(engine: Engine) -> None:
+    engine.submit(request("r", prompt(CONTEXT - 3), (1,), max_tokens=100))
+    sample = drain(engine)["r", 0]
+    assert len(sample.token_ids) == 3 and sample.finish_reason == "length"
+
+
+def test_abort_returns_what_was_sampled_and_leaves_others_alone(engine: Engine) -> None:
+    engine.submit(request("kept", prompt(4, 1), (1,), max_tokens=20))
+    engine.submit(request("ended", prompt(5), tuple(range(6)), max_tokens=50))  # more samples than slots
+    while engine.load.progress.get("ended", 0) < 3:
+        assert not engine.step(0.1)
+    engine.abort("ended")
+    engine.abort("never heard of")
+    ended = drain(engine)
+    aborted = [ended.pop(("ended", i)) for i in range(6)]
+    assert {s.finish_reason for s in aborted} == {"abort"}
+    assert max(len(s.token_ids) for s in aborted) >= 3 and min(len(s.token_ids) for s in aborted) == 0
+    assert all((s.spans[-1].end if s.spans else 0) == len(s.token_ids) == len(s.logprobs) for s in aborted)
+    assert list(ended) == [("kept", 0)] and len(ended["kept", 0].token_ids) == 20
+
+
+def test_score_agrees_with_sampling(engine: Engine) -> None:
+    engine.submit(request("r", prompt(9), (1,), temperature=0.8))
+    sample = drain(engine)["r", 0]
+    np.testing.assert_allclose(engine.score(prompt(9), sample.token_ids, 0.8), sample.logprobs, atol=1e-5)
+
+
+def test_load_counts_samples_and_tokens(engine: Engine) -> None:
+    before = engine.load
+    assert (before.running, before.waiting, before.capacity, before.progress) == (0, 0, 4, {})
+    engine.submit(request("r", prompt(9), tuple(range(7)), max_tokens=6))
+    assert engine.load.running + engine.load.waiting == 7
+    drain(engine)
+    assert engine.load.tokens_sampled - before.tokens_sampled == 7 * 6
+    assert engine.load.tokens_prefilled > before.tokens_prefilled
+
+
+@pytest.mark.parametrize("ids", [[1, VOCABULARY, 2], [-1], [], list(range(CONTEXT))], ids=["above", "below", "empty", "no room"])
+def test_a_prompt_that_cannot_be_sampled_is_refused(engine: Engine, ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="request bad"):
+        engine.submit(request("bad", np.array(ids, np.int32), (1,)))
+    assert engine.load.waiting == 0
+
+
+def test_a_wrong_directory_leaves_the_old_version_at_work(engine: Engine, models: list[tuple[Any, Path]], tmp_path: Path) -> None:
+    engine.submit(request("r", prompt(5), (1,), max_tokens=10))
+    engine.step(0.1)
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        engine.load_weights(tmp_path, Version(1))
+    assert engine.version == Version(0)
+    sample = drain(engine)["r", 0]
+    np.testing.assert_allclose(sample.logprobs, reference_logprobs(models[0][0], prompt(5), sample.token_ids, 1.0), atol=1e-5)

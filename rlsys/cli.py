@@ -1,0 +1,127 @@
+"""The command line. Every command answers `--help`; bad input ends in one line and exit code 2. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from protocol.errors import UserError
+from rlsys import __version__
+
+DESCRIPTION = """Asynchronous reinforcement learning for language models on tasks that a program can check.
+
+  rlsys check configs/quickstart.yaml     look a configuration over
+  rlsys up configs/quickstart.yaml        train, with live progress
+  rlsys status RUN                        how a run is doing
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
+    parser = argparse.ArgumentParser(prog="rlsys", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"rlsys {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    up = _command(commands, "up", _up, "start every process of a run and show live progress until it ends")
+    _config_arguments(up)
+    up.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run's files go (default: runs/NAME-TIME)")
+    up.add_argument("--detach", action="store_true", help="run in the background; follow it with `rlsys status` and `rlsys logs`")
+    up.add_argument("--plain", action="store_true", help="plain lines instead of a live panel (the default when the output is no terminal)")
+    up.add_argument("--json", action="store_true", help="print the figures of the finished run as one JSON object at the end")
+
+    check = _command(commands, "check", _check, "validate configurations without starting anything, and say what would run")
+    check.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key")
+    check.add_argument("--json", action="store_true", help="print the resolved configurations as JSON")
+
+    status = _command(commands, "status", _status, "how a run is doing: processes, iteration, reward, who waits for whom")
+    status.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    status.add_argument("--json", action="store_true", help="for machines")
+
+    down = _command(commands, "down", _down, "end a run in order; no process is left")
+    down.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    down.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
+
+    logs = _command(commands, "logs", _logs, "print the logs of a run")
+    logs.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    logs.add_argument("role", nargs="?", metavar="ROLE", help="a role or a process, such as learner or generator-1 (default: all)")
+    logs.add_argument("-n", "--lines", type=int, default=40, help="lines from the end of each log (default 40)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
+
+    process = commands.add_parser("run")  # how the supervisor starts its children; not listed
+    process.add_argument("spec")
+    process.set_defaults(call=_run)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, call: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key, such as generators.count=2; repeatable",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.call(options)
+        return code
+    except UserError as error:
+        print(f"rlsys: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rlsys.roles import run_role
+
+    return run_role(options.spec)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rlsys.commands import check
+
+    return check(options.config, options.overrides, as_json=options.json)
+
+
+def _up(options: argparse.Namespace) -> int:
+    from rlsys.commands import up
+
+    return up(options.config, options.overrides, options.run_dir, detach=options.detach, plain=options.plain or None, as_json=options.json)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rlsys.commands import status
+
+    return status(options.run, as_json=options.json)
+
+
+def _down(options: argparse.Namespace) -> int:
+    from rlsys.commands import down
+
+    return down(options.run, options.timeout)
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from rlsys.commands import logs
+
+    return logs(options.run, options.role, options.lines, follow=options.follow)

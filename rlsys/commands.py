@@ -1,0 +1,196 @@
+"""What the commands do, behind rlsys/cli.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from protocol.errors import ConfigError, UserError
+from rlsys.config import RunConfig, load_config
+from rlsys.prepare import check_builtin, check_files, prepare, uses_builtin
+from rlsys.rundir import RunDir, default_run_dir, holder, read_json
+from rlsys.topology import describe
+
+
+def check(paths: Sequence[Path], overrides: Sequence[str], *, as_json: bool) -> int:
+    """Validate each file; every fault of every file is printed."""
+    faults, resolved = 0, []
+    for path in paths:
+        try:
+            config = load_config(path, overrides)
+            check_builtin(config)
+            if not uses_builtin(config):
+                check_files(config)
+        except UserError as error:
+            faults += 1
+            print(f"rlsys: {error}", file=sys.stderr)
+            continue
+        resolved.append({"file": str(path), "config": config.model_dump(mode="json")})
+        if not as_json:
+            note = "  (built-in model and data are made on first use)" if uses_builtin(config) else ""
+            print(f"{path}: ok{note}")
+            print("\n".join(f"  {line}" for line in describe(config)))
+    if as_json:
+        print(json.dumps(resolved, indent=1))
+    return 2 if faults else 0
+
+
+def up(path: Path, overrides: Sequence[str], run_dir: Path | None, *, detach: bool, plain: bool | None, as_json: bool) -> int:
+    """Start a run and stay with it until it ends."""
+    config = load_config(path, overrides)
+    started = time.time()
+
+    def say(text: str) -> None:
+        print(f"{time.time() - started:6.1f} s  {text}", file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    prepared = prepare(config, say)
+    config = prepared.config
+    directory = RunDir(run_dir or default_run_dir(config))
+    if detach:
+        return _detached(config, directory)
+    directory.claim(config)
+    return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s)
+
+
+def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_json: bool, base_model_s: float) -> int:
+    from rlsys.progress import Progress
+    from rlsys.report import lines, summarise
+    from rlsys.supervisor import Phase, Supervisor
+
+    out = sys.stderr if as_json else sys.stdout
+    supervisor = Supervisor(config, directory)
+    supervisor.view.phases.append(Phase("model and data", base_model_s, base_model_s))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: supervisor.stop("stopped", "told to stop"))
+    signal.signal(signal.SIGINT, lambda *_: supervisor.stop("interrupted", "interrupted by the user"))
+    with Progress(supervisor.view, out, plain=plain) as progress:
+        progress.say(f"run {directory.path}")
+        supervisor.on_event, supervisor.on_tick = progress.event, progress.tick
+        ending = supervisor.run()
+    if ending.outcome == "failed":
+        print(f"rlsys: the run failed: {ending.reason}", file=sys.stderr)
+        if ending.role and not ending.user_error:
+            print("\n".join(f"  {ending.role} | {line}" for line in supervisor.tail(ending.role)), file=sys.stderr)
+        print(f"rlsys: logs are in {directory.logs}", file=sys.stderr)
+    elif ending.outcome != "done":
+        print(f"rlsys: the run ended early: {ending.reason}", file=sys.stderr)
+    figures = summarise(directory.path)
+    print("\n".join(lines(directory.path, figures)), file=out)
+    if as_json:
+        print(json.dumps(figures))
+    return ending.exit_code
+
+
+def _detached(config: RunConfig, directory: RunDir) -> int:
+    """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
+    directory.path.mkdir(parents=True, exist_ok=True)
+    if holder(directory.path) is not None or (directory.path / "config.yaml").exists():
+        raise ConfigError(f"run directory {directory.path} is in use or already holds a run; choose another --run-dir")
+    log = directory.path / "supervisor.log"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, null), (1, fd), (2, fd)):
+            os.dup2(source, target)
+        try:
+            directory.claim(config)
+            code = _supervise(config, directory, plain=True, as_json=False, base_model_s=0.0)
+        except BaseException as error:
+            print(f"rlsys: {error}", file=sys.stderr)
+            code = 1
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+    deadline = time.monotonic() + 10.0
+    while holder(directory.path) != child:
+        if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > deadline:
+            raise ConfigError(f"the run did not start; see {log}")
+        time.sleep(0.02)
+    print(directory.path)
+    return 0
+
+
+def status(run: Path, *, as_json: bool) -> int:
+    """What the supervisor last wrote, and whether it still lives."""
+    content = read_json(run / "status.json")
+    if content is None:
+        raise ConfigError(f"{run}: holds no run (no status.json)")
+    ended = read_json(run / "exit.json")
+    if ended is not None:
+        content["state"], content["ending"] = ended["outcome"], ended
+    elif holder(run) is None:
+        content["state"] = "dead"
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return 0
+    print(f"{content['run_dir']}: {content['state']}" + (f" ({ended['reason']})" if ended and ended["reason"] else ""))
+    if content["state"] == "dead":
+        print("  the supervisor is gone without an exit.json; its processes ended with it")
+    last = content.get("last") or {}
+    if last:
+        print(
+            f"  iteration {content['iteration']}/{content['iterations']}  reward {last['reward/mean']:.3f}  staleness {last['staleness/mean']:.2f}"
+        )
+    for result in content.get("evaluations", []):
+        print(f"  held-out pass@1 {result['pass_at_1']:.3f} at v{result['version']} ({result['problems']} problems)")
+    for process in content["processes"]:
+        peer = f" ({process['peer']}{': ' + process['detail'] if process['detail'] else ''})" if process["peer"] else ""
+        print(f"  {process['name']:<14} pid {process['pid']:<8} {process['doing']} for {process['for_s']:.1f} s{peer}")
+    return 0
+
+
+def down(run: Path, timeout_s: float) -> int:
+    """Ask the supervisor to end the run; kill it if it does not (its children end with it)."""
+    if read_json(run / "status.json") is None and not (run / "config.yaml").exists():
+        raise ConfigError(f"{run}: holds no run")
+    pid = holder(run)
+    if pid is None:
+        print(f"{run}: not running")
+        return 0
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    while holder(run) is not None:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            print(
+                f"rlsys: the supervisor {pid} did not end within {timeout_s:g} s and was killed; its processes end with it", file=sys.stderr
+            )
+            return 1
+        time.sleep(0.05)
+    print(f"{run}: ended")
+    return 0
+
+
+def logs(run: Path, role: str | None, num_lines: int, *, follow: bool) -> int:
+    """Print logs, each line with its process in front when there are several."""
+    directory = run / "logs"
+    found = sorted(p for p in directory.glob("*.log") if role is None or p.stem == role or p.stem.rpartition("-")[0] == role)
+    if not found:
+        known = ", ".join(sorted(p.stem for p in directory.glob("*.log"))) or "none"
+        raise ConfigError(f"{run}: no log of {role or 'any process'}; there are: {known}")
+    offsets = {}
+    for path in found:
+        text = path.read_text(errors="replace")
+        offsets[path] = len(text.encode())
+        for line in text.splitlines()[-num_lines:]:
+            print(f"{path.stem} | {line}" if len(found) > 1 else line)
+    try:
+        while follow and holder(run) is not None:
+            time.sleep(0.3)
+            for path in found:
+                with path.open("rb") as file:
+                    file.seek(offsets[path])
+                    data = file.read()
+                offsets[path] += len(data)
+                for line in data.decode("utf-8", "replace").splitlines():
+                    print(f"{path.stem} | {line}" if len(found) > 1 else line, flush=True)
+    except KeyboardInterrupt:
+        pass
+    return 0

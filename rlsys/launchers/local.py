@@ -1,0 +1,72 @@
+"""Processes on this host: each a child of the supervisor, in a session of its own, with its log in the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from protocol.node import ProcessSpec
+
+
+class Child:
+    """One started process. Ending it ends its whole process group, sandbox cells and engines included."""
+
+    def __init__(self, spec: ProcessSpec, log_path: Path, environment: dict[str, str]) -> None:
+        self.spec = spec
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rlsys", "run", json.dumps(asdict(spec))],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **environment},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative is a signal's number. What is left of its group is killed once it has ended."""
+        code = self._process.poll()
+        if code is not None:
+            self.signal_group(signal.SIGKILL)
+        return code
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Signal every process of the group; nothing happens when there is none."""
+        try:
+            os.killpg(self._process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def tail(self, lines: int = 20) -> list[str]:
+        """The end of its log."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, self.log_path.stat().st_size - 64_000))
+                return log.read().decode("utf-8", "replace").splitlines()[-lines:]
+        except OSError:
+            return []
+
+
+def cpu_seconds(pids: set[int]) -> float:
+    """CPU time so far of every process in the sessions led by `pids`, ended and reaped descendants included."""
+    ticks = 0
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) in pids:  # session
+            ticks += sum(int(field) for field in fields[11:15])  # utime, stime, and both of reaped children
+    return ticks / os.sysconf("SC_CLK_TCK")

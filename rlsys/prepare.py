@@ -1,0 +1,83 @@
+"""From a checked configuration to one that can run: built-in models and datasets are made, files are read, nothing is started."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.dataset import read_problems
+from actors.text import context_length
+from protocol.errors import ConfigError, DataError
+from rlsys.config import BUILTIN, RunConfig
+
+QUICKSTART = "builtin:quickstart"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A configuration whose paths exist, and what it took to get there."""
+
+    config: RunConfig
+    base_model_s: float
+    base_model_cached: bool
+
+
+def uses_builtin(config: RunConfig) -> bool:
+    """Whether the model or a dataset is one that rlsys makes itself."""
+    return any(str(p).startswith(BUILTIN) for p in (config.model.path, config.data.train, config.data.eval or ""))
+
+
+def check_builtin(config: RunConfig) -> None:
+    """Raise ConfigError for a built-in that does not exist."""
+    for key, path in (("model.path", config.model.path), ("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is not None and str(path).startswith(BUILTIN) and str(path) != QUICKSTART:
+            raise ConfigError(f"{key} is {path}: the only built-in is {QUICKSTART}")
+
+
+def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
+    """Make what is built in, and read what is not. Raises ConfigError or DataError, with nothing started."""
+    check_builtin(config)
+    started, cached = time.monotonic(), True
+    if uses_builtin(config):
+        config, cached = _make_quickstart(config, say)
+    seconds = time.monotonic() - started
+    check_files(config)
+    return Prepared(config, seconds, cached)
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise DataError for a model directory or dataset that cannot be read, ConfigError for a context that is too short."""
+    model = config.model.path
+    if not model.is_dir():
+        raise DataError(f"model.path is {model}: no such directory; expected a Hugging Face model directory")
+    limit = context_length(model)
+    if not any(model.glob("*.safetensors")):
+        raise DataError(f"model.path is {model}: holds no *.safetensors weights")
+    if config.model.max_context is not None and config.model.max_context > limit:
+        raise ConfigError(f"model.max_context is {config.model.max_context}, but the model in {model} was built for {limit} tokens")
+    if config.sampling.max_tokens >= limit:
+        raise ConfigError(
+            f"sampling.max_tokens is {config.sampling.max_tokens}, which leaves no room for a prompt in the model's {limit} tokens"
+        )
+    for path in (config.data.train, config.data.eval):
+        if path is not None:
+            read_problems(path)
+
+
+def _make_quickstart(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, bool]:
+    from rlsys.quickstart.base_model import ensure_base_model
+    from rlsys.quickstart.datasets import ensure_datasets
+
+    def own(path: Path | None, made: Path) -> Path | None:
+        return made if str(path) == QUICKSTART else path
+
+    datasets = ensure_datasets()
+    base = ensure_base_model(say)
+    content = config.model_dump(mode="json")
+    content["model"]["path"] = str(own(config.model.path, base.path))
+    content["data"]["train"] = str(own(config.data.train, datasets.train))
+    content["data"]["eval"] = None if config.data.eval is None else str(own(config.data.eval, datasets.held_out))
+    return RunConfig.model_validate(json.loads(json.dumps(content))), base.cached

@@ -1,0 +1,148 @@
+"""What `rlsys up` shows while it runs: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from protocol.messages import Event
+from rlsys.supervisor import View, waits_for
+
+REFRESH_S = 0.5
+PLAIN_S = 10.0
+"""Without a terminal, a line at least this often, and one for each event."""
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    """The last values as bars between 0 and the largest."""
+    recent = [v for v in values[-width:] if v == v]
+    top = max([*recent, 1e-9])
+    return "".join(SPARK[min(len(SPARK) - 1, int(v / top * (len(SPARK) - 1) + 0.5))] for v in recent)
+
+
+def time_left(view: View) -> str:
+    """From the pace of the iterations so far."""
+    done, since = view.snapshot.get("iteration", 0), view.training_since_s
+    if not done or since is None:
+        return "?"
+    return duration((time.time() - since) / done * (view.config.iterations - done))
+
+
+def duration(seconds: float) -> str:
+    """ "1:02:03" or "2:03"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def event_line(event: Event) -> str | None:
+    """An event as a sentence; None for those that are not worth a line."""
+    data = event.data
+    if event.name == "eval":
+        share = data["pass_at_1"]
+        versions = f"v{data['oldest_version']}" + (
+            f"..v{data['newest_version']}" if data["newest_version"] != data["oldest_version"] else ""
+        )
+        failed = f", {data['failed']} problems without a score" if data["failed"] else ""
+        return f"held-out pass@1 {share:.3f} at {versions} ({data['problems']} problems, {data['samples']} samples{failed})"
+    if event.name == "skipped":
+        return f"{data['count']} prompts skipped ({data['reason']}): {', '.join(data['first'])}"
+    if event.name in ("training started", "training ended"):
+        return event.name
+    if event.name == "weights refused":
+        return f"{data['generator']} refused v{data['version']}: {data['error']}"
+    return None
+
+
+def summary(view: View) -> str:
+    """One line: where the run is."""
+    snapshot, last = view.snapshot, view.snapshot.get("last", {})
+    if not last:
+        ready = sum(p.registered is not None for p in view.processes.values())
+        running = snapshot.get("queues", {}).get("queues/samples_running", 0)
+        return f"starting: {ready} of {len(view.processes)} processes ready, {running:.0f} samples running"
+    rewards = snapshot.get("rewards", [])
+    recent = rewards[-5:]
+    return (
+        f"iteration {snapshot['iteration']}/{snapshot['iterations']}  reward {sum(recent) / len(recent):.3f}  "
+        f"sampling {last.get('throughput/sampled_tokens_per_s', 0):,.0f} tok/s  training {last.get('train/tokens_per_s', 0):,.0f} tok/s  "
+        f"staleness {last['staleness/mean']:.2f} (max {last['staleness/max']:.0f})  left {time_left(view)}"
+    )
+
+
+class Progress:
+    """Shows a view. `plain` forces lines."""
+
+    def __init__(self, view: View, out: TextIO, *, plain: bool | None = None) -> None:
+        self._view = view
+        self._console = Console(file=out, highlight=False, soft_wrap=True)
+        self._plain = (not self._console.is_terminal) if plain is None else plain
+        self._live: Live | None = None
+        self._next_s = 0.0
+        self._lines = 0
+
+    def __enter__(self) -> Progress:
+        if not self._plain:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def event(self, event: Event) -> None:
+        """A line that stays."""
+        line = event_line(event)
+        if line is not None:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, with the time since the start."""
+        self._console.print(f"[dim]{duration(time.time() - self._view.started_s):>7}[/dim]  {_escape(line)}")
+
+    def tick(self) -> None:
+        """Refresh if it is time."""
+        now = time.monotonic()
+        if now < self._next_s:
+            return
+        self._next_s = now + (PLAIN_S if self._plain else REFRESH_S)
+        if self._live is not None:
+            self._live.update(self._panel(), refresh=True)
+        else:
+            self._lines += 1
+            if self._lines > 1:
+                self.say(summary(self._view))
+
+    def _panel(self) -> Table:
+        view = self._view
+        table = Table.grid(padding=(0, 1))
+        table.add_row("", _escape(summary(view)))
+        snapshot: dict[str, Any] = view.snapshot
+        if snapshot.get("rewards"):
+            table.add_row("reward", sparkline(snapshot["rewards"]))
+        for result in snapshot.get("evaluations", [])[-2:]:
+            table.add_row("pass@1", f"{result['pass_at_1']:.3f} at v{result['version']} on {result['problems']} problems")
+        queues = snapshot.get("queues", {})
+        if queues:
+            table.add_row(
+                "queues", "  ".join(f"{name.removeprefix('queues/').replace('_', ' ')} {value:.0f}" for name, value in queues.items())
+            )
+        for process in view.processes.values():
+            beat = process.heartbeat
+            if beat is None:
+                table.add_row("", f"[dim]{process.child.spec.name} starts[/dim]")
+            elif beat.peer:
+                table.add_row("", f"[dim]{_escape(waits_for(beat))}[/dim]")
+            else:
+                table.add_row("", f"{process.child.spec.name}: {_escape(beat.doing)}")
+        return table
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

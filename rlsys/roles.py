@@ -1,0 +1,164 @@
+"""From a configuration to the body of each role. The only place besides `registry.resolve` that imports heavy libraries late."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from protocol.errors import RunEnded, UserError
+from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
+from rlsys.config import RunConfig, parse_config
+
+log = logging.getLogger("rlsys")
+
+WEIGHTS_DIR = "weights_dir"
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """The resolved configuration of a run."""
+    import yaml
+
+    path = run_dir / "config.yaml"
+    return parse_config(yaml.safe_load(path.read_text()), str(path))
+
+
+def run_role(spec_json: str) -> int:
+    """Be one process of a run; returns the exit code. 0: the run stopped it, 2: the user can mend the cause, 1: anything else."""
+    die_with_parent()
+    spec = ProcessSpec(**json.loads(spec_json))
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    config = load_run(Path(spec.run_dir))
+    node = Node(spec)
+    on_terminate(node)
+    try:
+        ROLES[spec.role](node, config)
+    except RunEnded as end:
+        log.info("%s ends: %s", spec.identity, end)
+        return 0
+    except UserError as error:
+        log.error("%s", error)
+        node.finished(f"user: {error}")
+        return 2
+    except BaseException as error:
+        traceback.print_exc()
+        node.finished(f"{type(error).__name__}: {error}")
+        return 1
+    finally:
+        if not node.closed:
+            node.close()
+    return 0
+
+
+def max_context(config: RunConfig) -> int:
+    """Most tokens of prompt and completion: the model's limit or the configuration's, whichever is smaller."""
+    from actors.text import context_length
+
+    limit = context_length(config.model.path)
+    return limit if config.model.max_context is None else min(limit, config.model.max_context)
+
+
+def _dispatcher(node: Node, config: RunConfig) -> None:
+    from actors.dispatcher import DispatcherJob, run_dispatcher
+
+    run_dispatcher(
+        node,
+        DispatcherJob(
+            seed=config.seed,
+            iterations=config.iterations,
+            max_staleness=config.schedule.max_staleness,
+            model_dir=config.model.path,
+            max_context=max_context(config),
+            data=config.data,
+            sampling=config.sampling,
+            evaluation=config.evaluation,
+            ledger=Path(node.spec.run_dir) / "ledger.sqlite",
+        ),
+    )
+
+
+def _generator(node: Node, config: RunConfig) -> None:
+    from actors.engines import ENGINES, EngineOptions
+    from actors.generator import Generator
+    from protocol.registry import resolve
+
+    settings = config.generators
+    longest = max_context(config)
+    options = EngineOptions(
+        model_path=config.model.path,
+        max_context=longest,
+        slots=settings.slots,
+        threads=settings.threads,
+        dtype=settings.dtype,
+        device=settings.device,
+        extra=dict(settings.options),
+    )
+    engine = resolve(settings.engine, ENGINES, "engine")(options)
+    try:
+        Generator(node, engine, config.sampling.group_size).run()
+    finally:
+        engine.close()
+
+
+def _rewarder(node: Node, config: RunConfig) -> None:
+    from actors.rewarder import Rewarder
+    from actors.rewards import REWARDS
+    from actors.text import Text
+    from protocol.registry import resolve
+
+    settings = config.rewarders
+    reward = resolve(settings.reward, REWARDS, "reward")(settings.options)
+    try:
+        Rewarder(
+            node,
+            reward,
+            Text(config.model.path),
+            reward_name=settings.reward,
+            concurrency=settings.concurrency,
+            retries=settings.retries,
+        ).run()
+    finally:
+        reward.close()
+
+
+def _learner(node: Node, config: RunConfig) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.learner.threads))
+    from learner.trainer import LearnerJob, run_learner
+
+    run_dir = Path(node.spec.run_dir)
+    run_learner(
+        node,
+        LearnerJob(
+            iterations=config.iterations,
+            groups_per_iteration=config.sampling.groups_per_iteration,
+            group_size=config.sampling.group_size,
+            eval_samples=config.evaluation.samples,
+            max_staleness=config.schedule.max_staleness,
+            temperature=config.sampling.temperature,
+            model_dir=config.model.path,
+            run_dir=run_dir,
+            weights_dir=Path((run_dir / WEIGHTS_DIR).read_text()),
+            publish_dtype=config.weights.dtype,
+            host=config.transport.host,
+            settings=config.learner,
+        ),
+    )
+
+
+def _dashboard(node: Node, config: RunConfig) -> None:
+    from rlsys.dashboard import Dashboard
+
+    Dashboard(node, config).run()
+
+
+ROLES: dict[str, Callable[[Node, RunConfig], None]] = {
+    "dispatcher": _dispatcher,
+    "generator": _generator,
+    "rewarder": _rewarder,
+    "learner": _learner,
+    "dashboard": _dashboard,
+}

@@ -1,0 +1,115 @@
+"""The run directory: what stands in it, who holds it, and the other places that a run uses."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import ConfigError
+from rlsys.config import RunConfig, dump_config
+
+SHM = Path("/dev/shm")
+
+
+class RunDir:
+    """A run directory that this process holds by a lock; another `up` on it is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.logs = self.path / "logs"
+        self._lock_fd = -1
+
+    def claim(self, config: RunConfig) -> None:
+        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use or holds a run."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run directory {self.path}: cannot be made ({error.strerror})") from None
+        self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run directory {self.path} is in use by process {holder(self.path) or '?'}; choose another --run-dir"
+            ) from None
+        if (self.path / "config.yaml").exists():
+            raise ConfigError(f"run directory {self.path} already holds a run; choose another --run-dir")
+        os.ftruncate(self._lock_fd, 0)
+        os.write(self._lock_fd, str(os.getpid()).encode())
+        write_atomically(self.path / "config.yaml", dump_config(config))
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def holder(path: Path) -> int | None:
+    """The process id that holds a run directory now; None if nobody does."""
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        text = os.read(fd, 32).decode()
+        return int(text) if text.isdigit() else None
+    finally:
+        os.close(fd)
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """runs/<name>-<time>, unused."""
+    base = Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(path for i in range(1000) if not (path := base if i == 0 else base.with_name(f"{base.name}-{i}")).exists())
+
+
+def make_socket_dir(run_id: str) -> Path:
+    """A private directory for ipc sockets. Its path is short, because the kernel allows 107 bytes."""
+    return Path(tempfile.mkdtemp(prefix=f"rlsys-{run_id[:8]}-"))
+
+
+def choose_weights_dir(config: RunConfig, run_dir: Path, run_id: str) -> Path:
+    """Where versions go: as configured, else in memory if three float32 copies take less than half of what is free there, else the run."""
+    if config.weights.directory is not None:
+        return config.weights.directory / f"rlsys-{run_id}"
+    needed = 3 * 2 * sum(path.stat().st_size for path in config.model.path.glob("*.safetensors"))
+    if SHM.is_dir() and os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > 2 * needed:
+        return SHM / f"rlsys-{run_id}"
+    return run_dir / "weights"
+
+
+def check_room(directory: Path, config: RunConfig) -> None:
+    """Raise ConfigError when three published versions would not fit where they go."""
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    needed = 3 * sum(path.stat().st_size for path in config.model.path.glob("*.safetensors"))
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"{existing}: {free / 1e6:.0f} MB are free, three versions of the model need {needed / 1e6:.0f} MB; set weights.directory"
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, then rename, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None when there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,350 @@
+"""The supervisor (`rlsys up`): starts every process, introduces them to each other, watches them, and ends them all.
+
+    every process --Register, Heartbeat, Finished, Event--> [ supervisor ] --Peers, Stop--> every process
+    dashboard --Snapshot--> [ supervisor ] --> progress on the terminal, status.json, exit.json
+
+The run ends when dispatcher and learner have finished, when it is told to stop, or at the first fault: a process that died, fell silent, or a ring
+in which every process waits. Whatever the end, no process is left `shutdown_s` later, and exit.json says how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from protocol.channels import Endpoint, Keys, Poller, Transport, close_context
+from protocol.intervals import is_waiting
+from protocol.messages import Event, Finished, Heartbeat, Message, Peers, Register, Snapshot, Stop
+from protocol.node import ProcessSpec
+from rlsys.config import RunConfig
+from rlsys.launchers.local import Child, cpu_seconds
+from rlsys.roles import WEIGHTS_DIR
+from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_socket_dir, write_atomically
+from rlsys.topology import processes
+
+STATUS_S = 1.0
+"""How often status.json is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended."""
+
+    outcome: str
+    """done, interrupted, stopped, or failed."""
+    reason: str = ""
+    role: str = ""
+    """The guilty process of a failure."""
+    user_error: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return {"done": 0, "interrupted": 130, "stopped": 0}.get(self.outcome, 2 if self.user_error else 1)
+
+
+@dataclass(slots=True)
+class Process:
+    """What the supervisor knows of one process."""
+
+    child: Child
+    started_s: float
+    registered: Register | None = None
+    heartbeat: Heartbeat | None = None
+    heard_s: float = 0.0
+    finished: bool = False
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Phase:
+    """A named stretch of the run with its wall and CPU time."""
+
+    name: str
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(slots=True)
+class View:
+    """What a progress display may show. Written by the supervisor, read by the display."""
+
+    config: RunConfig
+    run_dir: Path
+    processes: dict[str, Process] = field(default_factory=dict)
+    snapshot: dict[str, Any] = field(default_factory=dict)
+    started_s: float = field(default_factory=time.time)
+    phases: list[Phase] = field(default_factory=list)
+    training_since_s: float | None = None
+
+
+class Supervisor:
+    """One run. `run` returns how it ended; `stop` may be called from a signal handler."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.view = View(config, run_dir.path)
+        self.on_event: Callable[[Event], object] = lambda event: None
+        self.on_tick: Callable[[], object] = lambda: None
+        self._processes = self.view.processes
+        self._ending: Ending | None = None
+        self._next_status_s = 0.0
+        self._mark_s, self._mark_cpu_s, self._phase = time.monotonic(), 0.0, "start-up"
+        self._run_id = secrets.token_hex(8)
+        self._socket_dir: Path | None = None
+        self._weights_dir: Path | None = None
+        self._transport: Transport | None = None
+
+    def stop(self, outcome: str, reason: str) -> None:
+        """End the run in order at the next turn of the loop."""
+        self._ending = self._ending or Ending(outcome, reason)
+
+    def tail(self, name: str) -> list[str]:
+        """The end of the log of a process, such as "learner-0"."""
+        return next((p.child.tail() for p in self._processes.values() if p.child.spec.name == name), [])
+
+    def run(self) -> Ending:
+        """Start everything, watch it until the end, and leave nothing behind."""
+        try:
+            control = self._prepare()
+            poller = Poller()
+            poller.add(control)
+            for role, index in processes(self.config):
+                self._start(role, index, control.address)
+            while self._ending is None:
+                poller.wait(0.1)
+                for peer, message in control.receive():
+                    self._on_message(control, peer, message)
+                self._watch()
+                self._tick()
+            return self._ending
+        except KeyboardInterrupt:
+            self._ending = Ending("interrupted", "interrupted by the user")
+            return self._ending
+        except BaseException as error:
+            self._ending = self._ending or Ending("failed", f"{type(error).__name__}: {error}", "supervisor")
+            raise
+        finally:
+            self._end(control if "control" in locals() else None)
+
+    # ------------------------------------------------------------------------------------------------ starting
+
+    def _prepare(self) -> Endpoint:
+        config, path = self.config, self.run_dir.path
+        self._weights_dir = choose_weights_dir(config, path, self._run_id)
+        check_room(self._weights_dir, config)
+        (path / WEIGHTS_DIR).write_text(str(self._weights_dir))
+        keys = None
+        if config.transport.kind == "tcp":
+            keys = Keys.make()
+            fd = os.open(path / "keys.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                json.dump({"public": keys.public.decode(), "secret": keys.secret.decode()}, file)
+        else:
+            self._socket_dir = make_socket_dir(self._run_id)
+        self._transport = Transport(int(self._run_id, 16), self._socket_dir, config.transport.host, keys)
+        return Endpoint(self._transport, "control", "control")
+
+    def _start(self, role: str, index: int, control: str) -> None:
+        spec = ProcessSpec(
+            run_id=self._run_id,
+            epoch=1,
+            role=role,
+            index=index,
+            start=1,
+            run_dir=str(self.run_dir.path),
+            control=control,
+            socket_dir=str(self._socket_dir) if self._socket_dir else "",
+            host=self.config.transport.host,
+        )
+        threads = {"learner": self.config.learner.threads, "generator": self.config.generators.threads}.get(role, 1)
+        child = Child(spec, self.run_dir.logs / f"{spec.name}.log", {"OMP_NUM_THREADS": str(threads)})
+        self._processes[spec.identity] = Process(child, time.monotonic())
+
+    # ------------------------------------------------------------------------------------------------ watching
+
+    def _on_message(self, control: Endpoint, peer: str, message: Message) -> None:
+        process = self._processes.get(peer)
+        if process is None:
+            return
+        process.heard_s = time.monotonic()
+        if isinstance(message, Register):
+            process.registered = message
+            self._introduce(control)
+        elif isinstance(message, Heartbeat):
+            process.heartbeat = message
+        elif isinstance(message, Event):
+            self._on_phase(message)
+            self.on_event(message)
+        elif isinstance(message, Snapshot):
+            self.view.snapshot = message.values
+        elif isinstance(message, Finished):
+            process.finished, process.error = True, message.error
+            if (
+                all(p.finished for p in self._processes.values() if p.child.spec.name in ("dispatcher-0", "learner-0"))
+                and not message.error
+            ):
+                self.stop("done", "every iteration is done")
+
+    def _introduce(self, control: Endpoint) -> None:
+        known = [p.registered for p in self._processes.values() if p.registered is not None]
+        peers = Peers(peers=[{"role": r.role, "index": r.index, "identity": r.identity, "addresses": r.addresses} for r in known])
+        for register in known:
+            control.send(register.identity, peers)
+
+    def _watch(self) -> None:
+        now, limits = time.monotonic(), self.config.deadlines
+        for identity, process in self._processes.items():
+            code = process.child.exit_code()
+            if code is not None:
+                self._fail(process, f"{identity} {_how(code)}", user_error=code == 2)
+            elif not process.heard_s and now - process.started_s > limits.startup_s:
+                self._fail(process, f"{identity} gave no sign of life within {limits.startup_s:g} s of its start")
+            elif process.heard_s and now - process.heard_s > limits.heartbeat_s:
+                doing = process.heartbeat.doing if process.heartbeat else "unknown"
+                self._fail(process, f"{identity} has been silent for {now - process.heard_s:.0f} s; it was last at: {doing}")
+        self._watch_stall()
+
+    def _watch_stall(self) -> None:
+        """Every process waits, and has done so for longer than stall_s: say who waits for whom and end."""
+        beats = [p.heartbeat for p in self._processes.values() if p.child.spec.role != "dashboard"]
+        waits = [b for b in beats if b is not None and is_waiting(b.doing)]
+        if len(waits) < len(beats) or not waits:
+            return
+        newest = max(b.since_s for b in waits)
+        if time.time() - newest > self.config.deadlines.stall_s:
+            sentence = "; ".join(waits_for(b) for b in waits)
+            self.stop("failed", f"nothing has moved for {time.time() - newest:.0f} s: {sentence}")
+
+    def _fail(self, process: Process, what: str, *, user_error: bool = False) -> None:
+        if self._ending is None:
+            reason = process.error.removeprefix("user: ") if process.error else what
+            self._ending = Ending("failed", reason if user_error else what, process.child.spec.name, user_error)
+
+    # ------------------------------------------------------------------------------------------------ showing
+
+    def _on_phase(self, event: Event) -> None:
+        """Wall and CPU time between the events that part a run."""
+        if event.name == "training started":
+            self.view.training_since_s = event.time_s
+        following = {"training started": "training", "training ended": "final evaluation and end"}.get(event.name)
+        if following:
+            self._next_phase(following)
+
+    def _next_phase(self, name: str) -> None:
+        now, cpu = time.monotonic(), cpu_seconds({p.child.pid for p in self._processes.values()})
+        self.view.phases.append(Phase(self._phase, now - self._mark_s, cpu - self._mark_cpu_s))
+        self._mark_s, self._mark_cpu_s, self._phase = now, cpu, name
+
+    def _tick(self) -> None:
+        if time.monotonic() >= self._next_status_s:
+            self._next_status_s = time.monotonic() + STATUS_S
+            write_atomically(self.run_dir.path / "status.json", json.dumps(self.status(), indent=1))
+        self.on_tick()
+
+    def status(self) -> dict[str, Any]:
+        """The state of the run as plain data: what `rlsys status --json` prints."""
+        now = time.time()
+        return {
+            "run_dir": str(self.run_dir.path),
+            "run_id": self._run_id,
+            "pid": os.getpid(),
+            "state": "running" if self._ending is None else self._ending.outcome,
+            "time_s": now,
+            "since_s": self.view.started_s,
+            **self.view.snapshot,
+            "processes": [
+                {
+                    "name": p.child.spec.name,
+                    "pid": p.child.pid,
+                    "doing": p.heartbeat.doing if p.heartbeat else "starting",
+                    "peer": p.heartbeat.peer if p.heartbeat else "",
+                    "detail": p.heartbeat.detail if p.heartbeat else "",
+                    "for_s": round(now - p.heartbeat.since_s, 1) if p.heartbeat else round(time.monotonic() - p.started_s, 1),
+                    "addresses": p.registered.addresses if p.registered else {},
+                }
+                for p in self._processes.values()
+            ],
+        }
+
+    # ------------------------------------------------------------------------------------------------ ending
+
+    def _end(self, control: Endpoint | None) -> None:
+        """Ask, then terminate, then kill: all within shutdown_s. A second Ctrl-C changes nothing."""
+        old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ending = self._ending or Ending("failed", "the supervisor broke")
+        if self._processes:
+            self._next_phase("")
+        try:
+            self._end_processes(control, ending)
+        finally:
+            exit_record = {
+                "outcome": ending.outcome,
+                "exit_code": ending.exit_code,
+                "reason": ending.reason,
+                "role": ending.role,
+                "started_s": self.view.started_s,
+                "ended_s": time.time(),
+                "phases": [{"name": p.name, "wall_s": round(p.wall_s, 3), "cpu_s": round(p.cpu_s, 3)} for p in self.view.phases],
+                "evaluations": self.view.snapshot.get("evaluations", []),
+                "iterations_done": self.view.snapshot.get("iteration", 0),
+            }
+            write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
+            write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1))
+            for directory in (self._socket_dir, self._weights_dir):
+                if directory is not None:
+                    shutil.rmtree(directory, ignore_errors=True)
+            if self._transport is not None:
+                close_context(self._transport.context)
+            self.run_dir.release()
+            signal.signal(signal.SIGINT, old)
+
+    def _end_processes(self, control: Endpoint | None, ending: Ending) -> None:
+        deadline = time.monotonic() + self.config.deadlines.shutdown_s
+        terminate_at = deadline - self.config.deadlines.shutdown_s * 0.4
+        kill_at = deadline - self.config.deadlines.shutdown_s * 0.15
+        told: set[str] = set()
+        while any(p.child.exit_code() is None for p in self._processes.values()):
+            if control is not None:
+                for peer, message in control.receive():  # also those that register only now must hear of the end
+                    if isinstance(message, Snapshot):
+                        self.view.snapshot = message.values
+                    elif isinstance(message, Register | Heartbeat) and peer not in told:
+                        told.add(peer)
+                        control.send(peer, Stop(reason=ending.reason or ending.outcome))
+                for identity in self._processes.keys() - told:
+                    if control.send(identity, Stop(reason=ending.reason or ending.outcome)):
+                        told.add(identity)
+            now = time.monotonic()
+            for process in self._processes.values():
+                if process.child.exit_code() is None and now > terminate_at:
+                    process.child.signal_group(signal.SIGKILL if now > kill_at else signal.SIGTERM)
+            if now > deadline + 5.0:
+                raise RuntimeError(
+                    "processes outlived SIGKILL: " + ", ".join(i for i, p in self._processes.items() if p.child.exit_code() is None)
+                )
+            time.sleep(0.05)
+        if control is not None:
+            for _, message in control.receive():
+                if isinstance(message, Snapshot):
+                    self.view.snapshot = message.values
+
+
+def waits_for(beat: Heartbeat) -> str:
+    """A wait in words: "learner-0 waits 41 s for trajectories from rewarder (3 groups of iteration 7)"."""
+    what = beat.doing.removeprefix("waiting:")
+    detail = f" ({beat.detail})" if beat.detail else ""
+    return f"{beat.identity.partition('@')[0]} waits {max(0.0, time.time() - beat.since_s):.0f} s for {what} from {beat.peer}{detail}"
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}" if code else "ended before the run did"

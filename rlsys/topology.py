@@ -1,0 +1,35 @@
+"""Which processes a run consists of, and what would run where. Pure."""
+
+from __future__ import annotations
+
+from rlsys.config import RunConfig
+
+
+def processes(config: RunConfig) -> list[tuple[str, int]]:
+    """(role, index) of every process besides the supervisor, in the order of their start: the slow ones first."""
+    fleet = [("learner", i) for i in range(config.learner.ranks)]
+    fleet += [("generator", i) for i in range(config.generators.count)]
+    fleet += [("rewarder", i) for i in range(config.rewarders.count)]
+    return [*fleet, ("dispatcher", 0), ("dashboard", 0)]
+
+
+def describe(config: RunConfig) -> list[str]:
+    """The run in a few lines, for `rlsys check`."""
+    s, g, w, lr = config.sampling, config.generators, config.rewarders, config.learner
+    samples = s.groups_per_iteration * s.group_size
+    evaluation = "no held-out problems"
+    if config.data.eval is not None:
+        when = [word for word, on in (("at the start", config.evaluation.at_start), ("at the end", config.evaluation.at_end)) if on]
+        when += [f"every {config.evaluation.every} iterations"] if config.evaluation.every else []
+        evaluation = f"{config.data.eval}, {config.evaluation.samples} samples each, {' and '.join(when) or 'never'}"
+    return [
+        f"run         {config.name}: {config.iterations} iterations of {s.groups_per_iteration} groups x {s.group_size} = {samples} samples",
+        f"schedule    {config.schedule.name}: staleness at most {config.schedule.max_staleness}",
+        f"model       {config.model.path}",
+        f"train       {config.data.train}",
+        f"evaluate    {evaluation}",
+        f"generators  {g.count} x {g.engine} on {g.device}, {g.slots} slots, {g.threads} thread(s), {g.dtype}",
+        f"rewarders   {w.count} x {w.reward}, {w.concurrency} at once",
+        f"learner     {lr.ranks} rank(s) on {lr.device}, {lr.threads} thread(s), {lr.dtype}, {lr.objective}, {lr.advantage}, lr {lr.optimizer.lr:g}",
+        f"processes   {len(processes(config)) + 1} with the supervisor, over {config.transport.kind}",
+    ]

@@ -1,0 +1,115 @@
+"""One job on one cell, from bytes to an `Execution`: descriptors out, report and files back, and what they mean."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.sandbox import Execution, Limits, Outcome, wire
+from actors.sandbox.cell import Cell, CellError, memory_file
+
+STDERR_BYTES = 4096
+_OUT_OF_MEMORY = (b"MemoryError", b"std::bad_alloc", b"memory allocation of ")
+"""What Python, C++ and Rust write when an allocation fails. A program that writes it itself only renames its own failure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """Something that a cell can run."""
+
+    kind: int
+    """wire.PYTHON (source text), wire.NATIVE (an executable file) or wire.COMPILER (`arguments` name a tool)."""
+    content: bytes
+    arguments: tuple[str, ...] = ()
+
+
+class Running:
+    """A job that a cell works on, and the files through which it speaks."""
+
+    def __init__(
+        self, cell: Cell, program: Program, stdin: bytes | int, limits: Limits, stdout: int | None = None, extras: Sequence[int] = ()
+    ) -> None:
+        """Begin. `stdin` may be a descriptor (of a pipe), `stdout` too; `extras` become 3, 4, ... in the job. Raises CellError."""
+        self.cell = cell
+        self._limits = limits
+        self._own: list[int] = []
+        try:
+            content = self._file(program.content)
+            source = self._file(stdin) if isinstance(stdin, bytes) else stdin
+            self._stdout = self._file() if stdout is None else stdout
+            self._stderr = self._file()
+            job = wire.Job(
+                program.kind, limits.cpu_s, limits.wall, limits.memory_bytes, limits.output_bytes, limits.num_threads, program.arguments
+            )
+            cell.start(job, [content, source, self._stdout, self._stderr, *extras])
+        except BaseException:
+            self._release()
+            raise
+        self._stdout_is_file = stdout is None
+
+    def _file(self, content: bytes = b"") -> int:
+        descriptor = memory_file(content)
+        self._own.append(descriptor)
+        return descriptor
+
+    def _release(self) -> None:
+        for descriptor in self._own:
+            os.close(descriptor)
+        self._own = []
+
+    def fileno(self) -> int:
+        """Readable when the job has ended."""
+        return self.cell.fileno()
+
+    def abandon(self) -> None:
+        """End the job and forget it. Raises CellError when the cell is broken."""
+        try:
+            self.cell.end_job()
+            self.cell.finish()
+        finally:
+            self._release()
+
+    def collect(self) -> tuple[Execution, wire.Report]:
+        """Block until the job has ended. Raises CellError when nothing is known about it."""
+        try:
+            report = self.cell.finish()
+            stdout_size = os.fstat(self._stdout).st_size if self._stdout_is_file else 0
+            stderr_size = os.fstat(self._stderr).st_size
+            limit = self._limits.output_bytes
+            stderr = os.pread(self._stderr, STDERR_BYTES, max(0, min(stderr_size, limit) - STDERR_BYTES))
+            if not report.started:
+                raise CellError(f"sandbox cell {self.cell.pid} could not start a job: {stderr.decode(errors='replace')}")
+            stdout = os.pread(self._stdout, min(stdout_size, limit), 0) if self._stdout_is_file else b""
+        finally:
+            self._release()
+        outcome = judge(report, self._limits, max(stdout_size, stderr_size), stderr)
+        execution = Execution(
+            outcome=outcome,
+            stdout=stdout,
+            stderr=stderr,
+            exit_code=report.exit_code,
+            cpu_s=report.cpu_us / 1e6,
+            wall_s=report.wall_us / 1e6,
+            peak_memory_bytes=report.peak_kib << 10,
+        )
+        return execution, report
+
+
+def judge(report: wire.Report, limits: Limits, output_size: int, stderr: bytes) -> Outcome:
+    """Which outcome a report and the sizes of the output files are."""
+    if output_size >= limits.output_bytes or report.exit_code == -signal.SIGXFSZ:
+        return "output_limit"
+    if report.cut == wire.CUT_BY_WALL or report.exit_code == -signal.SIGXCPU or report.cpu_us > limits.cpu_s * 1e6:
+        return "time_limit"
+    if report.peak_kib << 10 > limits.memory_bytes:
+        return "memory_limit"
+    if report.exit_code:
+        return "memory_limit" if any(word in stderr for word in _OUT_OF_MEMORY) else "runtime_error"
+    return "ok"
+
+
+def is_suspect(execution: Execution, report: wire.Report, limits: Limits) -> bool:
+    """Whether a wall limit may be the machine's fault: it was reached before the processor time was used up."""
+    return report.cut == wire.CUT_BY_WALL and execution.cpu_s < limits.cpu_s

@@ -1,0 +1,167 @@
+"""The unit-test reward on stdin/stdout problems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from actors.rewards import Sample, Score
+from actors.rewards.fences import extract_program
+from actors.rewards.problems import parse_problem
+from actors.rewards.unit_tests import UnitTests, choose_tests
+from protocol.errors import ConfigError, DataError
+
+ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
+TESTS = [{"input": f"{a} {b}\n", "output": f"{a + b}\n"} for a, b in ((1, 2), (100, 200), (5, 5))]
+PROBLEM = {"id": "add", "prompt": "", "tests": TESTS}
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[UnitTests]:
+    reward = UnitTests({"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 2})
+    try:
+        yield reward
+    finally:
+        reward.close()
+
+
+def score(reward: UnitTests, completion: str, problem: dict[str, Any] = PROBLEM) -> Score:
+    return reward.score(Sample(problem=problem, completion=completion, truncated=False))
+
+
+def fenced(source: str, info: str = "python") -> str:
+    return f"Some thought.\n```{info}\n{source}\n```\nDone."
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        (ADD, "accepted"),
+        ("print(3)", "wrong_answer"),
+        ("a, b = map(int, input().split())\nprint(a + b, end=' extra')", "wrong_answer"),
+        ("1 / 0", "runtime_error"),
+        ("def broken(:", "runtime_error"),
+        (ADD + "raise SystemExit(1)", "runtime_error"),
+        ("while True: pass", "time_limit"),
+        ("x = [0] * (1 << 30)", "memory_limit"),
+        ("while True: print('x' * 10_000)", "output_limit"),
+        ("import os; os._exit(0)", "wrong_answer"),
+        ("import sys; sys.exit(0)", "wrong_answer"),
+    ],
+)
+def test_verdicts(reward: UnitTests, source: str, status: str) -> None:
+    result = score(reward, fenced(source))
+    assert result.status == status, result
+    assert (result.value, result.passed) == ((1.0, True) if status == "accepted" else (0.0, False))
+    assert result.metrics[f"tests/{status}"] >= 1
+
+
+def test_sparse_stops_at_the_first_failure_and_soft_gives_the_share(reward: UnitTests) -> None:
+    half = fenced("a, b = map(int, input().split())\nprint(a + b if a < 100 else 0)")
+    assert sum(value for name, value in score(reward, half).metrics.items() if name in ("tests/accepted", "tests/wrong_answer")) == 3
+    always_wrong = score(reward, fenced("print('no')"))
+    assert always_wrong.metrics["tests/wrong_answer"] == 1
+    soft = UnitTests({"cells": 1, "score": "soft"})
+    try:
+        result = score(soft, half)
+        assert result.value == pytest.approx(2 / 3) and result.status == "wrong_answer" and not result.passed
+        assert score(soft, fenced(ADD)).value == 1.0
+    finally:
+        soft.close()
+
+
+def test_the_budget_of_a_problem_ends_it() -> None:
+    reward = UnitTests({"cells": 1, "score": "soft", "min_time_limit_s": 1, "problem_budget_s": 1.5})
+    try:
+        problem = {"id": "slow", "tests": [{"input": str(n), "output": "x"} for n in range(10)]}
+        result = score(reward, fenced("while True: pass"), problem)
+        assert result.metrics["tests/time_limit"] == 10 and "budget" not in result.detail
+        assert result.metrics["tests/cpu_s"] * 10 < 5
+    finally:
+        reward.close()
+
+
+def test_hardest_tests_are_chosen() -> None:
+    problem = parse_problem({"id": 1, "tests": [{"input": "x" * size, "output": str(size)} for size in (5, 1, 9, 3, 7)]})
+    assert [test.output for test in choose_tests(problem.tests, 3)] == [b"5", b"7", b"9"]
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"tests": {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3", "7"]}},
+    {"tests": json.dumps([{"input": "1 2", "output": "3"}])},
+    {"input_output": json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]})},
+    {"input_output": {"inputs": [["1 2"]], "outputs": [["3"]]}},
+    {
+        "public_test_cases": json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}]),
+        "private_test_cases": json.dumps([{"input": "2 2", "output": "4", "testtype": "stdin"}]),
+    },
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_public_sets(reward: UnitTests, layout: dict[str, Any]) -> None:
+    assert score(reward, fenced(ADD), layout).passed
+    assert not score(reward, fenced("print(0)"), layout).passed
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        ({"id": "p1"}, ["'p1'", "'tests'", "no tests"]),
+        ({"id": "p1", "tests": []}, ["'p1'", "'tests'", "no tests"]),
+        ({"id": "p1", "tests": {"inputs": ["1"], "outputs": []}}, ["'p1'", "1 inputs but 0 outputs"]),
+        ({"id": "p1", "tests": [{"input": "1"}]}, ["'p1'", "'tests[0]'"]),
+        ({"id": "p1", "tests": [{"input": "1", "output": 3}]}, ["'p1'", "'tests[0].output'", "int"]),
+        ({"id": "p1", "input_output": "{"}, ["'p1'", "'input_output'"]),
+        ({**PROBLEM, "language": "cobol"}, ["'add'", "'language'", "cobol"]),
+        ({**PROBLEM, "checker": "near"}, ["'add'", "'checker'", "near"]),
+        ({**PROBLEM, "time_limit_s": 0}, ["'add'", "'time_limit_s'"]),
+    ],
+)
+def test_bad_problems_are_named(reward: UnitTests, problem: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(DataError) as error:
+        score(reward, fenced(ADD), problem)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_bad_options_are_named() -> None:
+    for options, word in (({"cels": 2}, "cels"), ({"cells": 0}, "cells"), ({"min_time_limit_s": 13}, "max_time_limit_s")):
+        with pytest.raises(ConfigError, match=word):
+            UnitTests(options)
+
+
+PYTHON = ("python", "py", "python3")
+
+
+@pytest.mark.parametrize(
+    ("text", "fence", "program"),
+    [
+        ("```python\na\n```\ntext\n```python\nb\n```", "required", "b\n"),
+        ("```python\na\n```\n```text\nb\n```", "required", "a\n"),
+        ("```Python\na\n```", "required", "a\n"),
+        ("```\na\n```", "required", "a\n"),
+        ("```python\na\n```\n```\nnote\n```", "required", "a\n"),
+        ("~~~py\na\n~~~", "required", "a\n"),
+        ("````python\nx = '''\n```\n'''\n````", "required", "x = '''\n```\n'''\n"),
+        ("```python title=x\na\n```", "required", "a\n"),
+        ("```cpp\na\n```", "required", None),
+        ("```cpp\na\n```", "optional", None),
+        ("```python\na", "required", None),
+        ("```python\na", "optional", None),
+        ("```python\n\n```", "required", None),
+        ("print(1)", "required", None),
+        ("print(1)", "optional", "print(1)"),
+        ("  \n", "optional", None),
+        ("", "required", None),
+    ],
+)
+def test_the_last_block_of_the_language_is_the_program(text: str, fence: Any, program: str | None) -> None:
+    assert extract_program(text, PYTHON, fence) == program
+
+
+def test_no_program_is_unparseable(reward: UnitTests) -> None:
+    result = score(reward, "I give up.")
+    assert (result.value, result.status, result.passed) == (0.0, "unparseable", False)

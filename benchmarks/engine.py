@@ -32,6 +32,8 @@ from protocol.messages import Version
 
 VOCABULARY, SHORTEST, LONGEST = 762, 8, 120
 PROMPT_TOKENS = (16, 48)
+Work = Callable[..., int]
+"""Samples a stream; returns the number of tokens."""
 
 
 class Group:
@@ -110,7 +112,7 @@ def run_generate(model: Any, groups: list[Group], concurrent: int) -> int:
     return sum(int(group.lengths.sum()) for group in groups)
 
 
-def rate(work: Callable[..., int], *arguments: Any) -> float:
+def rate(work: Work, *arguments: Any) -> float:
     """Tokens per CPU-second of one run, all threads counted."""
     started = time.process_time()
     tokens = work(*arguments)

@@ -76,6 +76,11 @@ class Decoder:
         self._keys[:, row, :, :, :length] = keys
         self._values[:, row, :, :length] = values
 
+    def clear(self) -> None:
+        """Zero the cache, so that what is not a number in it cannot spread: a hidden token weighs 0, and 0 x nan is nan."""
+        self._keys.zero_()
+        self._values.zero_()
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of cache row `source` to row `target`."""
         self.fill(target, self._keys[:, source, :, :, :length], self._values[:, source, :, :length])

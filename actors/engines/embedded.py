@@ -72,6 +72,7 @@ class EmbeddedEngine:
         self._waiting: deque[_Waiting] = deque()
         self._aborted: list[Sampled] = []
         self._version: Version | None = None
+        self._faulted = False
         self._tokens_sampled = self._tokens_prefilled = self._swaps = 0
 
     @property
@@ -118,7 +119,7 @@ class EmbeddedEngine:
     def step(self, timeout_s: float) -> list[Sampled]:
         """Start what fits, then one token for every running sample. Returns the completions that ended.
 
-        Raises InfrastructureFault when the weights give log-probs that are not numbers.
+        Raises InfrastructureFault when the weights give log-probs that are not numbers; requests then wait for other weights.
         """
         ended, self._aborted = self._aborted, []
         if self._version is None:
@@ -134,6 +135,7 @@ class EmbeddedEngine:
         ids, logprobs = draw(logits, uniforms(rows.seeds, rows.sampled), rows.temperature, rows.top_p, rows.top_k)
         if not np.isfinite(logprobs).all():
             row = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            self._aborted, self._faulted = ended, True
             raise InfrastructureFault(f"embedded engine: log-prob {logprobs[row]} for {self._slots.describe(row)} under {self._version}")
         self._tokens_sampled += len(ids)
         return ended + [self._slots.end(row, reason, self._version) for row, reason in self._slots.append(ids, logprobs)]
@@ -152,6 +154,9 @@ class EmbeddedEngine:
             self._slots.mark(self._version)
             self._swaps += 1
         self._version = version
+        if self._faulted:
+            self._decoder.clear()
+            self._faulted = False
         for waiting in self._waiting:
             waiting.prefix = None
         for source, target, length in self._slots.close_holes():
@@ -187,6 +192,7 @@ class EmbeddedEngine:
         """Forget all requests. The engine started nothing outside itself."""
         self._waiting.clear()
         self._aborted.clear()
+        self._slots = Slots(self._slots.capacity, self._max_context)
 
     def _limit(self, request: SampleRequest, position: int) -> int:
         """Tokens of prompt and completion at which a sample ends. The benchmark overrides it to force lengths."""

@@ -132,8 +132,9 @@ class Slots:
 
     def mark(self, version: Version) -> None:
         """Close a span: what was sampled since the last mark was sampled under `version`."""
-        for row in range(len(self._requests)):
-            self._mark(row, version)
+        for row, request in enumerate(self._requests):
+            if request is not None:
+                self._mark(row, version)
 
     def end(self, row: int, reason: FinishReason, version: Version) -> Sampled:
         """Take a sample out; its row is a hole until `start` or `close_holes`."""

@@ -209,14 +209,25 @@ def test_score_refuses_what_does_not_fit(qwen3: tuple[Any, Path]) -> None:
             engine.score(before, after, 1.0)
 
 
-def test_weights_that_are_not_numbers_are_a_fault_and_no_sample(qwen3: tuple[Any, Path], tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_a_fault_and_leave_no_trace(qwen3: tuple[Any, Path], tmp_path: Path) -> None:
     tensors = load_file(qwen3[1] / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.embed_tokens.weight"][:, 3] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
-    engine = start(qwen3[1], weights=tmp_path)
-    engine.submit(request("r", prompt(3), (1,)))
-    with pytest.raises(InfrastructureFault, match="token 0 of r/0 under v0"):
+    engine = start(qwen3[1])
+    for name in ("long", "longer"):
+        engine.submit(request(name, prompt(30), (1,), max_tokens=20))
+    engine.step(0)
+    engine.load_weights(tmp_path, Version(1))
+    engine.abort("long")
+    with pytest.raises(InfrastructureFault, match="token 1 of longer/0 under v1"):
         engine.step(0)
+    engine.load_weights(qwen3[1], Version(2))
+    engine.submit(request("short", prompt(3), (1,), max_tokens=5))  # beside a longer one, in a row that held what is not a number
+    ended = drain(engine)
+    assert ended["long", 0].finish_reason == "abort" and ended["longer", 0].spans == (Span(0, 0, 1), Span(2, 0, 20))
+    for name, length in (("short", 3), ("longer", 30)):
+        sample = ended[name, 0]
+        np.testing.assert_allclose(sample.logprobs, reference_logprobs(qwen3[0], prompt(length), sample.token_ids, 1.0), atol=1e-5)
 
 
 def test_shards_and_an_absent_or_present_tied_head_load_alike(qwen3: tuple[Any, Path], tmp_path: Path) -> None:

@@ -1,21 +1,28 @@
-"""Scores of one iteration to advantages. Every sample of a completion's tokens gets the same advantage.
+"""Scores of one iteration to advantages. All tokens of a completion get the same advantage.
 
 An advantage function takes the scores [N] and the group id of each sample [N] and returns advantages [N]; its options are its
-keyword-only arguments. Samples of a group need not stand together. `tests/contracts/test_advantages.py` tests every entry.
+keyword-only arguments. Samples of a group need not stand together. Scores arrive finite.
+`tests/contracts/test_advantages.py` tests every entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from learner.options import bind
 
 ADVANTAGES = {
     "grpo": "learner.advantages:grpo",
+    "dr_grpo": "learner.advantages:dr_grpo",
+    "rloo": "learner.advantages:rloo",
+    "reinforce_pp": "learner.advantages:reinforce_pp",
+    "reinforce_pp_baseline": "learner.advantages:reinforce_pp_baseline",
+    "pass_at_k": "learner.advantages:pass_at_k",
 }
 """Name in the configuration -> function."""
 
@@ -29,7 +36,7 @@ STD_FLOOR = 1e-4
 def advantages(
     name: str, options: Mapping[str, Any], scores_N: Sequence[float] | FloatArray, group_ids_N: Sequence[int] | IntArray
 ) -> FloatArray:
-    """Advantages [N] by the function called `name`. A score that is not finite gets NaN and is no part of its group's statistics."""
+    """Advantages [N] by the function called `name`. A score that is not finite gets NaN and is no part of any statistics."""
     scores, groups = np.asarray(scores_N, np.float64), np.asarray(group_ids_N, np.int64)
     if scores.shape != groups.shape or scores.ndim != 1:
         raise ValueError(f"advantages: scores {scores.shape} and group ids {groups.shape} must be two vectors of one length")
@@ -47,12 +54,75 @@ def grpo(scores_N: FloatArray, group_ids_N: IntArray, *, divide_by_std: bool = T
     Source: DeepSeekMath, section 4.1.2.
     """
     group_N = _places(group_ids_N)
-    centred_N = scores_N - _mean(scores_N, group_N)[group_N]
+    centred_N = _centred(scores_N, group_N)
     if not divide_by_std:
         return centred_N
-    count = np.bincount(group_N)
-    variance = np.bincount(group_N, centred_N**2) / np.maximum(count - 1, 1)
-    return centred_N / (np.sqrt(variance) + STD_FLOOR)[group_N]
+    variance_G = np.bincount(group_N, centred_N**2) / np.maximum(np.bincount(group_N) - 1, 1)
+    return centred_N / (np.sqrt(variance_G) + STD_FLOOR)[group_N]
+
+
+def dr_grpo(scores_N: FloatArray, group_ids_N: IntArray) -> FloatArray:
+    """Score minus the mean of its group: no division by the deviation, which favours prompts that are too easy or too hard.
+
+    Belongs with aggregation constant_length. Source: Dr. GRPO (Liu et al. 2025), section 3.2.
+    """
+    return grpo(scores_N, group_ids_N, divide_by_std=False)
+
+
+def rloo(scores_N: FloatArray, group_ids_N: IntArray) -> FloatArray:
+    """Score minus the mean of the *other* samples of its group; 0 for a group of one. Source: RLOO (Ahmadian et al. 2024), eq. 8."""
+    group_N = _places(group_ids_N)
+    count_N = np.bincount(group_N)[group_N]
+    return _centred(scores_N, group_N) * count_N / np.maximum(count_N - 1, 1)
+
+
+def reinforce_pp(scores_N: FloatArray, group_ids_N: IntArray) -> FloatArray:
+    """Score normalised over the whole batch: minus its mean, divided by its standard deviation. Groups do not matter.
+
+    Each sample counts once, as in the paper's eq. 8; OpenRLHF's code counts it once per token, which lets long answers set the mean.
+    Source: REINFORCE++ (Hu et al. 2025).
+    """
+    return _normalised(scores_N)
+
+
+def reinforce_pp_baseline(scores_N: FloatArray, group_ids_N: IntArray) -> FloatArray:
+    """Score minus the mean of its group, normalised over the whole batch. Source: REINFORCE++ with baseline (Hu et al. 2025), eq. 11."""
+    return _normalised(_centred(scores_N, _places(group_ids_N)))
+
+
+def pass_at_k(scores_N: FloatArray, group_ids_N: IntArray, *, k: Annotated[int, Field(ge=1)] = 4, solved_from: float = 1.0) -> FloatArray:
+    """The advantage of a sample when the reward is whether one of k samples, drawn from the group without putting back, is right.
+
+    With n samples, n_wrong of them below `solved_from`, and P = 1 - C(n_wrong, k) / C(n, k), s = sqrt(P (1 - P)):
+    right (1 - P) / s, wrong (1 - P - C(n_wrong - 1, k - 1) / C(n - 1, k - 1)) / s; all 0 where s is 0. k is at most the group's size.
+    Source: Pass@k Training (Chen et al. 2025), eq. 14 and 15; k = 1 is GRPO with the deviation of a population (n).
+    """
+    group_N = _places(group_ids_N)
+    right_N = scores_N >= solved_from
+    result = np.zeros_like(scores_N)
+    for group in range(group_N.max() + 1):
+        members = group_N == group
+        n, wrong = int(members.sum()), int((members & ~right_N).sum())
+        drawn = min(k, n)
+        failed = _share_without(n, wrong, drawn)
+        spread = np.sqrt(failed * (1 - failed))
+        if spread > 0:
+            still_failed = _share_without(n - 1, wrong - 1, drawn - 1)
+            result[members & right_N] = failed / spread
+            result[members & ~right_N] = (failed - still_failed) / spread
+    return result
+
+
+def _share_without(n: int, wrong: int, k: int) -> float:
+    """C(wrong, k) / C(n, k): how often k drawn of n are all among the `wrong` ones. As a product, so that nothing overflows."""
+    if wrong < k:
+        return 0.0
+    return float(np.prod([(wrong - i) / (n - i) for i in range(k)]))
+
+
+def _normalised(values_N: FloatArray) -> FloatArray:
+    deviation = float(values_N.std(ddof=1)) if len(values_N) > 1 else 0.0
+    return _centred(values_N, np.zeros(len(values_N), np.int64)) / (deviation + STD_FLOOR)
 
 
 def _places(group_ids_N: IntArray) -> IntArray:
@@ -60,11 +130,10 @@ def _places(group_ids_N: IntArray) -> IntArray:
     return np.unique(group_ids_N, return_inverse=True)[1].astype(np.int64)
 
 
-def _mean(values_N: FloatArray, group_N: IntArray) -> FloatArray:
-    """Mean of each group [num_groups]; exactly the common value where all values of a group are equal."""
-    count = np.bincount(group_N)
-    mean: FloatArray = np.bincount(group_N, values_N) / count
-    low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
-    np.minimum.at(low, group_N, values_N)
-    np.maximum.at(high, group_N, values_N)
-    return np.where(low == high, low, mean)
+def _centred(values_N: FloatArray, group_N: IntArray) -> FloatArray:
+    """Values minus the mean of their group; exactly 0 where all values of a group are equal."""
+    mean_G = np.bincount(group_N, values_N) / np.bincount(group_N)
+    low_G, high_G = np.full(len(mean_G), np.inf), np.full(len(mean_G), -np.inf)
+    np.minimum.at(low_G, group_N, values_N)
+    np.maximum.at(high_G, group_N, values_N)
+    return np.asarray(values_N - np.where(low_G == high_G, low_G, mean_G)[group_N])

@@ -43,6 +43,8 @@ class TrainSample:
     advantage: float
     temperature: float = 1.0
     """At which the completion was sampled."""
+    positive: bool = False
+    """Whether the answer is right: what the likelihood term learns from."""
 
     @property
     def num_trainable(self) -> int:
@@ -109,6 +111,13 @@ def token_weights(samples: Sequence[TrainSample], aggregation: Aggregation, leng
     if length is None:
         raise ValueError("aggregation constant_length: the length to divide by is missing")
     return np.full(len(samples), 1 / (num_samples * length))
+
+
+def likelihood_weights(samples: Sequence[TrainSample]) -> npt.NDArray[np.float64]:
+    """1 / trainable tokens of all positive samples, for positive samples; 0 for the others [num samples]."""
+    positive_N = np.array([sample.positive for sample in samples], np.float64)
+    tokens = sum(sample.num_trainable for sample in samples if sample.positive)
+    return positive_N / max(tokens, 1)
 
 
 def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
@@ -192,6 +201,8 @@ class MicroBatch:
     behaviour_T: npt.NDArray[np.float32]
     advantages_T: npt.NDArray[np.float64]
     weights_T: npt.NDArray[np.float64]
+    likelihood_weights_T: npt.NDArray[np.float64]
+    """1 / trainable tokens of positive samples in the whole iteration, on the tokens of these; 0 elsewhere."""
     temperature_T: npt.NDArray[np.float64]
     sample_T: npt.NDArray[np.int64]
     """Which of `samples` the token belongs to: 0..num_samples-1."""
@@ -199,8 +210,23 @@ class MicroBatch:
     """Places of the samples in the list that the micro-batch was built from."""
 
 
-def build(samples: Sequence[TrainSample], weights: npt.NDArray[np.float64], rows: Rows) -> MicroBatch:
-    """Lay the samples of `rows` out in arrays."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighted:
+    """The sound samples of an iteration with what their token losses are multiplied by."""
+
+    samples: Sequence[TrainSample]
+    objective_N: npt.NDArray[np.float64]
+    likelihood_N: npt.NDArray[np.float64]
+
+
+def weigh(samples: Sequence[TrainSample], aggregation: Aggregation, length: int | None = None) -> Weighted:
+    """Count once, over the whole iteration, what all losses are divided by."""
+    return Weighted(samples=samples, objective_N=token_weights(samples, aggregation, length), likelihood_N=likelihood_weights(samples))
+
+
+def build(weighted: Weighted, rows: Rows) -> MicroBatch:
+    """Lay the samples of `rows` (places in `weighted.samples`) out in arrays."""
+    samples = weighted.samples
     lengths = [[samples[i].length for i in row] for row in rows]
     width = max(sum(row) for row in lengths)
     input_ids = np.zeros((len(rows), width), np.int64)
@@ -227,7 +253,8 @@ def build(samples: Sequence[TrainSample], weights: npt.NDArray[np.float64], rows
         targets_T=np.concatenate([s.token_ids[s.loss_mask] for s in flat]).astype(np.int64),
         behaviour_T=np.concatenate([s.behaviour_logprobs[s.loss_mask] for s in flat]).astype(np.float32),
         advantages_T=np.repeat(np.array([s.advantage for s in flat], np.float64), counts),
-        weights_T=np.repeat([weights[i] for i in places], counts),
+        weights_T=np.repeat(weighted.objective_N[places], counts),
+        likelihood_weights_T=np.repeat(weighted.likelihood_N[places], counts),
         temperature_T=np.repeat(np.array([s.temperature for s in flat], np.float64), counts),
         sample_T=np.repeat(np.arange(len(flat)), counts),
         samples=tuple(places),

@@ -41,6 +41,50 @@ class ScheduleSettings(_Settings):
     final_fraction: float = Field(default=0.0, ge=0, le=1, description="Share of the peak rate at the last iteration (cosine, linear).")
 
 
+class CorrectionSettings(_Settings):
+    """The importance weight between the policy that sampled a token and the trainer's own; see `learner/correction.py`."""
+
+    mode: Literal["auto", "off", "truncate", "mask"] = Field(
+        default="auto", description="auto truncates from the iteration on after which drift was above auto_drift, and is off before."
+    )
+    level: Literal["token", "sequence", "geometric"] = Field(
+        default="token", description="A weight for each token, the product over the sample's tokens, or that product's mean per token."
+    )
+    cap: float = Field(default=2.0, gt=0, description="Largest weight; above it a token is cut to it (truncate) or left out (mask).")
+    floor: float = Field(default=0.5, ge=0, description="Smallest weight that mask keeps.")
+    auto_drift: float = Field(
+        default=0.1, gt=0, description="Mean |log-prob of the trainer - of the sampler| of a batch, in nats, that turns auto on for good."
+    )
+
+    @model_validator(mode="after")
+    def _floor_below_cap(self) -> CorrectionSettings:
+        if self.floor >= self.cap:
+            raise ValueError(f"floor {self.floor} must be below cap {self.cap}: mask keeps the weights between them")
+        return self
+
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+class KLSettings(_Settings):
+    """A penalty for leaving a reference policy. Off by default, as in GRPO+ and DAPO: no second model is held."""
+
+    coefficient: float = Field(default=0.0, ge=0, description="Weight of the penalty; above 0 a frozen reference model is held in memory.")
+    estimator: KLEstimator = Field(default="k3", description="How it is estimated from one token; see learner/regularisers.py.")
+    reference: str | None = Field(
+        default=None, description="Directory of the reference model; the model that training starts from if not given."
+    )
+
+
+class EntropySettings(_Settings):
+    """A bonus for the entropy of the policy. Off by default."""
+
+    coefficient: float = Field(default=0.0, ge=0, description="Weight of the bonus; with adaptive its start.")
+    adaptive: bool = Field(default=False, description="Move the coefficient so that entropy stays near the target (Skywork-OR1).")
+    target: float = Field(default=0.2, ge=0, description="Mean entropy of a token in nats that adaptive holds.")
+    delta: float = Field(default=0.0005, gt=0, description="By how much adaptive moves the coefficient in an iteration.")
+
+
 class LearnerSettings(_Settings):
     """Everything that decides how a batch becomes an update."""
 
@@ -65,6 +109,12 @@ class LearnerSettings(_Settings):
     advantage_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the advantage function.")
     objective: str = Field(default="clipped", description="Name in OBJECTIVES, or your own 'package.module:function'.")
     objective_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the objective.")
+    correction: CorrectionSettings = Field(default_factory=CorrectionSettings, description="Sampler against trainer: a bounded weight.")
+    kl: KLSettings = Field(default_factory=KLSettings, description="Penalty for leaving a reference policy.")
+    entropy: EntropySettings = Field(default_factory=EntropySettings, description="Bonus for entropy.")
+    sft_coefficient: float = Field(
+        default=0.0, ge=0, description="Weight of the plain likelihood of positive samples (Klear-Reasoner: 0.1)."
+    )
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
         default="token_mean",
         description="How token losses become one number: every token alike, every sample alike, or a constant divisor.",
@@ -81,14 +131,26 @@ class LearnerSettings(_Settings):
         description="Rows of one sample sorted by length, or several samples per row; auto takes what computes fewer padded tokens.",
     )
 
+    reward_weights: dict[str, float] | None = Field(
+        default=None, description="Weight of each part of the score; not given, the score counts as the reward actor made it."
+    )
+    overlong_penalty_tokens: int | None = Field(
+        default=None, ge=1, description="DAPO's L_cache: the score falls by up to 1 over the last so many tokens before the length limit."
+    )
     overlong: Literal["mask", "keep"] = Field(default="mask", description="Whether completions cut off at the length limit leave the loss.")
     zero_variance: Literal["drop", "keep"] = Field(default="drop", description="Whether groups whose scores are all equal leave the batch.")
     min_samples: int | None = Field(default=None, ge=1, description="Fewest scored samples of a group; group_size - 1 if not given.")
 
     @model_validator(mode="after")
     def _consistent(self) -> LearnerSettings:
+        if self.overlong_penalty_tokens is not None and self.overlong == "mask":
+            raise ValueError(
+                "overlong_penalty_tokens punishes long completions and overlong 'mask' leaves them out: choose overlong 'keep'"
+            )
         if (self.aggregation == "constant_length") != (self.aggregation_length is not None):
             raise ValueError("aggregation_length is the divisor of aggregation 'constant_length': give both or neither")
+        if self.objective == "decoupled" and self.correction.mode in ("truncate", "mask"):
+            raise ValueError("objective 'decoupled' carries its own weight between sampler and trainer: set correction.mode to off or auto")
         try:
             check_name(self.advantage, ADVANTAGES, "advantage")
             check_name(self.objective, OBJECTIVES, "objective")

@@ -1,32 +1,31 @@
 """One iteration's update: a batch of samples goes in, the parameters move, numbers come out.
 
-    samples -> admit -> (share of this rank) -> micro-batches -> forward, objective, backward -> sum over ranks -> clip -> AdamW
-               `--------------------------- updates_per_batch times from here on ---------------------------------------'
+    samples -> admit -> (share of this rank) -> micro-batches -> forward, loss, backward -> sum over ranks -> clip -> AdamW
+                                                                `-------- updates_per_batch times from here on --------'
 
 Every rank is given the whole batch, so all decisions that need all of it (what is skipped, what losses are divided by) are made alike on
 every rank and without a message. Each loss is divided by a count over the whole iteration before it is summed, so any split into
 micro-batches and ranks gives the same gradient up to rounding.
 """
 
+# ruff: noqa: N815 (shapes stand in names)
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from learner.loss import Inputs, Loss
 from learner.model import CausalModel
-from learner.objectives import OBJECTIVES, TokenLoss, Tokens
 from learner.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from learner.options import bind
-from learner.packing import MicroBatch, Skipped, TrainSample, admit, assign, build, plan, token_weights
+from learner.packing import MicroBatch, Skipped, TrainSample, Weighted, admit, assign, build, plan, weigh
 from learner.parallel import Group
+from learner.regularisers import next_entropy_coefficient
 from learner.settings import LearnerSettings
 from learner.tally import Tally
 
@@ -42,6 +41,15 @@ class StepMetrics:
     """Samples not trained on because something was not finite; a rank names those of its own share. `values["skipped"]` counts all."""
 
 
+@dataclass(slots=True)
+class _Work:
+    """A micro-batch with the log-probs that stay the same through all updates on it; found during the first."""
+
+    batch: MicroBatch
+    proximal_T: Tensor | None = None
+    reference_T: Tensor | None = None
+
+
 class Step:
     """The model, its optimizer, and how a batch moves them. One per rank."""
 
@@ -50,16 +58,18 @@ class Step:
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.group = group
-        self.model = CausalModel(
-            model_dir,
-            device=pick_device(settings.device, group.rank),
-            dtype=settings.dtype,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        )
+        device = pick_device(settings.device, group.rank)
+        self.model = CausalModel(model_dir, device=device, dtype=settings.dtype, gradient_checkpointing=settings.gradient_checkpointing)
+        self._loss = Loss(settings)
+        self._reference: CausalModel | None = None
+        if self._loss.has_reference:
+            directory = Path(settings.kl.reference) if settings.kl.reference else model_dir
+            self._reference = CausalModel(directory, device=device, dtype=settings.dtype)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.network.named_parameters()}
         self._parameters = [parameter for parameter in self.model.network.parameters() if parameter.requires_grad]
         self._optimizer = build_optimizer(self._parameters, settings.optimizer)
-        self._objective = bind(settings.objective, OBJECTIVES, settings.objective_options, "objective")
+        self._entropy_coefficient = settings.entropy.coefficient
+        self._corrected = settings.correction.mode in ("truncate", "mask")
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
         """Update the parameters on one batch, the same `samples` on every rank.
@@ -68,107 +78,117 @@ class Step:
         """
         rate = learning_rate(self.settings.optimizer.lr, self.settings.schedule, iteration, total_iterations)
         set_learning_rate(self._optimizer, rate)
-        sound, skipped = admit(samples)
-        weights = token_weights(sound, self.settings.aggregation, self.settings.aggregation_length)
-        useful = [i for i, sample in enumerate(sound) if sample.num_trainable and sample.advantage != 0]
+        sound, refused = admit(samples)
+        weighted = weigh(sound, self.settings.aggregation, self.settings.aggregation_length)
+        useful = [i for i, sample in enumerate(sound) if self._loss.uses(sample)]
         tally = Tally(self.model.device)
-        names = list(skipped)
+        broken: list[Skipped] = []
         if useful:
-            batches = self._micro_batches(sound, weights, useful)
+            work = self._share(weighted, useful)
             for update in range(self.settings.updates_per_batch):
-                names += self._update(sound, weights, batches, tally, first=update == 0)
-        for one in names:
+                work, found = self._update(weighted, work, tally, first=update == 0)
+                broken += found
+        for one in (*refused, *broken):
             log.warning("sample %d/%d is not trained on at iteration %d: %s", one.group_id, one.index, iteration, one.reason)
-        tally.add_skipped(len(names) if self.group.rank == 0 else len(names) - len(skipped))
+        tally.add_skipped(len(broken) + (len(refused) if self.group.rank == 0 else 0))
         values = tally.values(self.group)
-        values |= {"lr": rate, "num_tokens": float(sum(s.num_trainable for s in sound)), "num_samples": float(len(sound))}
-        return StepMetrics(values=values, skipped=tuple(names))
+        values |= {
+            "lr": rate,
+            "num_tokens": float(sum(s.num_trainable for s in sound)),
+            "num_samples": float(len(sound)),
+            "entropy_coefficient": self._entropy_coefficient,
+            "corrected": float(self._corrected),
+        }
+        self._adapt(values)
+        return StepMetrics(values=values, skipped=(*refused, *broken))
 
     def state_dict_for_publishing(self) -> dict[str, Tensor]:
         """Copies on the CPU of all parameters and persistent buffers, under their transformers names, tied weights once."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.named_tensors().items()}
 
     def training_state(self) -> dict[str, Tensor]:
-        """Everything that the next update depends on, as copies on the CPU: "model.<name>" and "optimizer.<what>.<name>"."""
+        """Everything that the next update depends on, as copies on the CPU: "model.<name>", "optimizer.<what>.<name>", "control.<what>"."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.named_tensors().items()}
         tensors |= optimizer_tensors(self._optimizer, self._names)
+        tensors |= {
+            "control.entropy_coefficient": torch.tensor(self._entropy_coefficient, dtype=torch.float64),
+            "control.corrected": torch.tensor(self._corrected),
+        }
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `training_state`. Raises ValueError when the tensors are not those of this model."""
         live = {f"model.{name}": tensor for name, tensor in self.model.named_tensors().items()}
-        given = {name for name in tensors if name.startswith("model.")}
-        if given != live.keys():
-            raise ValueError(f"training state: tensors {sorted(given ^ live.keys())[:5]} are in one of state and model only")
+        expected = {*live, "control.entropy_coefficient", "control.corrected"}
+        given = {name for name in tensors if not name.startswith("optimizer.")}
+        if given != expected:
+            raise ValueError(f"training state: tensors {sorted(given ^ expected)[:5]} are in one of state and model only")
         for name, tensor in live.items():
             tensor.copy_(tensors[name])
         load_optimizer_tensors(self._optimizer, self._names, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        self._entropy_coefficient = float(tensors["control.entropy_coefficient"])
+        self._corrected = bool(tensors["control.corrected"])
 
     # ------------------------------------------------------------------------------------------------ one update
 
-    def _micro_batches(self, samples: Sequence[TrainSample], weights: npt.NDArray[np.float64], useful: list[int]) -> list[MicroBatch]:
-        lengths = [samples[i].length for i in useful]
-        mine = [useful[place] for place in assign(lengths, self.group.size)[self.group.rank]]
-        layout, budget = self.settings.layout, self.settings.tokens_per_microbatch
-        plans = plan([samples[i].length for i in mine], budget, layout)
-        return [build(samples, weights, [[mine[place] for place in row] for row in rows]) for rows in plans]
+    def _share(self, weighted: Weighted, useful: list[int]) -> list[_Work]:
+        """This rank's micro-batches."""
+        samples = weighted.samples
+        shares = assign([samples[i].length for i in useful], self.group.size)
+        mine = [useful[place] for place in shares[self.group.rank]]
+        plans = plan([samples[i].length for i in mine], self.settings.tokens_per_microbatch, self.settings.layout)
+        return [_Work(build(weighted, [[mine[place] for place in row] for row in rows])) for rows in plans]
 
-    def _update(
-        self, samples: Sequence[TrainSample], weights: npt.NDArray[np.float64], batches: list[MicroBatch], tally: Tally, *, first: bool
-    ) -> list[Skipped]:
-        """One gradient over `batches` and one optimizer step. Drops samples that are not finite from `batches` and returns them."""
-        skipped: list[Skipped] = []
+    def _update(self, weighted: Weighted, work: list[_Work], tally: Tally, *, first: bool) -> tuple[list[_Work], list[Skipped]]:
+        """One gradient and one optimizer step. Returns the work without samples that turned out not to be finite, and these."""
+        broken: list[Skipped] = []
+        kept: list[_Work] = []
         self._optimizer.zero_grad(set_to_none=True)
-        kept: list[MicroBatch] = []
-        for planned in batches:
-            for batch, policy_T, entropy_T in self._forward(samples, weights, planned, skipped):
-                kept.append(batch)
-                self._backward(batch, policy_T, entropy_T, tally, first=first)
-        batches[:] = kept
+        for planned in work:
+            for one, inputs in self._forward(weighted, planned, broken):
+                kept.append(one)
+                loss = self._loss(one.batch, inputs, corrected=self._corrected, entropy_coefficient=self._entropy_coefficient)
+                loss.total.backward()  # type: ignore[no-untyped-call]
+                tally.add_tokens(inputs, loss, first=first)
         self._sum_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip))
         if np.isfinite(norm):
             self._optimizer.step()
         else:
-            skipped += self._blame(samples, weights, batches)
+            broken += self._blame(weighted, kept)
         self._optimizer.zero_grad(set_to_none=True)
         tally.add_update(norm)
-        return skipped
+        return kept, broken
 
-    def _forward(
-        self, samples: Sequence[TrainSample], weights: npt.NDArray[np.float64], batch: MicroBatch, skipped: list[Skipped]
-    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
-        """The micro-batch with its log-probs and entropies; if they are not finite, its sound samples one by one (slow, and rare)."""
-        policy_T, entropy_T = self.model.token_logprobs(batch)
-        if bool(policy_T.isfinite().all()):
-            yield batch, policy_T, entropy_T
+    def _forward(self, weighted: Weighted, work: _Work, broken: list[Skipped]) -> Iterator[tuple[_Work, Inputs]]:
+        """The micro-batch with its log-probs; if they are not finite, its sound samples one by one (slow, and rare)."""
+        proximal_T, reference_T = work.proximal_T, work.reference_T
+        inputs = self._inputs(work)
+        if bool(inputs.policy_T.isfinite().all()):
+            yield work, inputs
             return
-        for place in batch.samples:
-            alone = build(samples, weights, [[place]])
-            policy_T, entropy_T = self.model.token_logprobs(alone)
-            if bool(policy_T.isfinite().all()):
-                yield alone, policy_T, entropy_T
+        for i, place in enumerate(work.batch.samples):
+            own_T = torch.from_numpy(work.batch.sample_T == i).to(self.model.device)
+            alone = _Work(
+                build(weighted, [[place]]),
+                None if proximal_T is None else proximal_T[own_T],
+                None if reference_T is None else reference_T[own_T],
+            )
+            inputs = self._inputs(alone)
+            if bool(inputs.policy_T.isfinite().all()):
+                yield alone, inputs
             else:
-                skipped.append(_skip(samples[place], "a log-prob of the policy is not finite"))
+                broken.append(_skip(weighted.samples[place], "a log-prob of the policy is not finite"))
 
-    def _backward(self, batch: MicroBatch, policy_T: Tensor, entropy_T: Tensor, tally: Tally | None, *, first: bool) -> None:
-        def place(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self.model.device, non_blocking=True)
-
-        behaviour_T = place(batch.behaviour_T).to(policy_T.dtype)
-        tokens = Tokens(
-            policy_T=policy_T,
-            anchor_T=behaviour_T,
-            advantages_T=place(batch.advantages_T).to(policy_T.dtype),
-            sample_T=place(batch.sample_T),
-            num_samples=len(batch.samples),
-        )
-        loss: TokenLoss = self._objective(tokens)
-        total = (loss.loss_T * place(batch.weights_T).to(policy_T.dtype)).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        if tally is not None:
-            tally.add_tokens(total, loss, policy_T, behaviour_T, entropy_T, first=first)
+    def _inputs(self, work: _Work) -> Inputs:
+        policy_T, entropy_T = self.model.token_logprobs(work.batch, entropy_gradient=self._loss.entropy_gradient)
+        if work.proximal_T is None:
+            work.proximal_T = policy_T.detach()
+        if work.reference_T is None and self._reference is not None:
+            with torch.no_grad():
+                work.reference_T, _ = self._reference.token_logprobs(work.batch)
+        return Inputs(policy_T=policy_T, entropy_T=entropy_T, proximal_T=work.proximal_T, reference_T=work.reference_T)
 
     @torch.no_grad()
     def _sum_gradients(self) -> None:
@@ -184,16 +204,29 @@ class Step:
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _blame(self, samples: Sequence[TrainSample], weights: npt.NDArray[np.float64], batches: list[MicroBatch]) -> list[Skipped]:
+    def _blame(self, weighted: Weighted, work: list[_Work]) -> list[Skipped]:
         """The samples of this rank whose own gradient is not finite, found one at a time. Slow, and rare."""
         found = []
-        for place in [place for batch in batches for place in batch.samples]:
+        for place in [place for one in work for place in one.batch.samples]:
             self._optimizer.zero_grad(set_to_none=True)
-            batch = build(samples, weights, [[place]])
-            self._backward(batch, *self.model.token_logprobs(batch), None, first=False)
+            alone = _Work(build(weighted, [[place]]))
+            loss = self._loss(alone.batch, self._inputs(alone), corrected=self._corrected, entropy_coefficient=self._entropy_coefficient)
+            loss.total.backward()  # type: ignore[no-untyped-call]
             if not all(bool(p.grad.isfinite().all()) for p in self._parameters if p.grad is not None):
-                found.append(_skip(samples[place], "its gradient is not finite, so the batch took no optimizer step"))
+                found.append(_skip(weighted.samples[place], "its gradient is not finite, so the batch took no optimizer step"))
         return found
+
+    def _adapt(self, values: Mapping[str, float]) -> None:
+        """What the next iteration does differently, from numbers that are the same on all ranks."""
+        if "entropy" in values:
+            self._entropy_coefficient = next_entropy_coefficient(self._entropy_coefficient, values["entropy"], self.settings.entropy)
+        correction = self.settings.correction
+        if correction.mode == "auto" and self.settings.objective != "decoupled" and not self._corrected:
+            self._corrected = values.get("logprob_drift", 0.0) > correction.auto_drift
+            if self._corrected:
+                log.warning(
+                    "log-probs of sampler and trainer differ by %.3g nats on average: the correction is on", values["logprob_drift"]
+                )
 
 
 def pick_device(name: str, rank: int) -> torch.device:

@@ -1,9 +1,10 @@
 """Objectives: what makes a loss of log-probs and advantages. This file is the interface and the table.
 
 An objective is a function `(tokens: Tokens, *, options) -> TokenLoss`. It sees the trainable tokens of one micro-batch, laid flat, and
-returns a loss for each; what they are divided by is no business of its own (`learner/packing.py`, aggregation), so that micro-batches
-and ranks add up exactly. To add one: a new file beside this one and a line in OBJECTIVES; `tests/contracts/test_objectives.py` then
-tests it. Objectives use tensor methods only and import torch for the type checker alone, so that options are checked without torch.
+returns a loss for each; what they are divided by is no business of its own (`token_weights` in `learner/packing.py`), so that
+micro-batches and ranks add up exactly. To add one: a new file beside this one and a line in OBJECTIVES, or no line for your own
+"my_pkg.mod:function"; `tests/contracts/test_objectives.py` tests every entry. Objectives use tensor methods only and import torch for
+the type checker alone, so that options are checked without torch.
 """
 
 # ruff: noqa: N815 (shapes stand in names)
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {
     "clipped": "learner.objectives.clipped:clipped",
+    "dual_clip": "learner.objectives.dual_clip:dual_clip",
+    "gppo": "learner.objectives.gppo:gppo",
+    "cispo": "learner.objectives.cispo:cispo",
+    "gspo": "learner.objectives.gspo:gspo",
+    "reinforce": "learner.objectives.reinforce:reinforce",
+    "decoupled": "learner.objectives.decoupled:decoupled",
 }
 """Name in the configuration -> function."""
 
@@ -31,15 +38,15 @@ class Tokens:
     policy_T: Tensor
     """Log-probs under the policy that is trained."""
     anchor_T: Tensor
-    """Log-probs that the ratio is taken against: those of the behaviour policy."""
+    """Log-probs that the ratio is taken against: the behaviour policy's, or the proximal policy's when a correction weighs the tokens."""
+    behaviour_T: Tensor
+    """Log-probs under the policy that sampled the tokens."""
+    proximal_T: Tensor
+    """Log-probs under the trainer's own policy before the first update on this batch."""
     advantages_T: Tensor
     sample_T: Tensor
     """int64: which of the micro-batch's `num_samples` samples the token belongs to. A sample is never split over micro-batches."""
     num_samples: int
-
-    def log_ratio(self) -> Tensor:
-        """Log of policy / anchor, cut at LOG_RATIO_LIMIT."""
-        return (self.policy_T - self.anchor_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,4 +56,14 @@ class TokenLoss:
     loss_T: Tensor
     """To be minimised, before the division by the number of tokens."""
     clipped_T: Tensor
-    """bool: where a bound changed the loss."""
+    """bool: where a bound changed the gradient."""
+
+
+def ratio(policy_T: Tensor, anchor_T: Tensor) -> Tensor:
+    """policy / anchor from their log-probs, the log-ratio cut at LOG_RATIO_LIMIT."""
+    return (policy_T - anchor_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def sample_sums(values_T: Tensor, sample_T: Tensor, num_samples: int) -> Tensor:
+    """Sum over the tokens of each sample [num_samples]."""
+    return values_T.new_zeros(num_samples).index_add(0, sample_T, values_T)

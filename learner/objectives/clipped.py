@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from learner.objectives import TokenLoss, Tokens
+from learner.objectives import TokenLoss, Tokens, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ def clipped(
 
     clip_low == clip_high is PPO and GRPO; a larger clip_high is DAPO's clip-higher. Source: DAPO, eq. 8.
     """
-    ratio_T = tokens.log_ratio().exp()
+    ratio_T = ratio(tokens.policy_T, tokens.anchor_T)
     surrogate_T, bounded_T = clipped_surrogate(ratio_T, tokens.advantages_T, clip_low=clip_low, clip_high=clip_high)
     return TokenLoss(loss_T=-surrogate_T, clipped_T=bounded_T)
 

@@ -23,7 +23,9 @@ OPTIMIZER = {"lr": 0.05, "eps": 0.5}
 
 
 def settings(**changes: Any) -> LearnerSettings:
-    return LearnerSettings.model_validate({"dtype": "float64", "device": "cpu", "optimizer": OPTIMIZER} | changes)
+    return LearnerSettings.model_validate(
+        {"dtype": "float64", "device": "cpu", "optimizer": OPTIMIZER, "correction": {"mode": "off"}} | changes
+    )
 
 
 def make_step(model_dir: Path, **changes: Any) -> Step:

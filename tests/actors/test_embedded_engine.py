@@ -154,18 +154,25 @@ def test_a_freed_slot_is_taken_in_the_next_step(qwen3: tuple[Any, Path]) -> None
 
 
 def test_abort_in_the_middle_moves_the_last_rows_and_keeps_their_samples_right(qwen3: tuple[Any, Path]) -> None:
-    engine = start(qwen3[1], slots=6)
+    """What moves with a sample: cache, tokens, log-probs, settings and the stop token, which is one of its own at or after its tenth."""
+    engine, stops = start(qwen3[1], slots=6), {}
     for i in range(6):
-        engine.submit(request(f"r{i}", prompt(4 + i, i), (i,), max_tokens=20))
+        engine.submit(request(f"free{i}", prompt(4 + i, i), (i,), max_tokens=20, temperature=1.0 + 0.1 * i))
+    for (name, _), sample in drain(engine).items():
+        ids = sample.token_ids.tolist()
+        stops[int(name[-1])] = next((token, at + 1) for at, token in enumerate(ids) if at >= 9 and ids.index(token) == at)
+    for i in range(6):
+        engine.submit(request(f"r{i}", prompt(4 + i, i), (i,), max_tokens=20, temperature=1.0 + 0.1 * i, stop_token_ids=(stops[i][0],)))
     for _ in range(5):
         engine.step(0)
     for i in (0, 3, 4):
         engine.abort(f"r{i}")
     ended = drain(engine)
-    assert [len(ended[f"r{i}", 0].token_ids) for i in range(6)] == [5, 20, 20, 5, 5, 20]
     for i in range(6):
-        sample = ended[f"r{i}", 0]
-        np.testing.assert_allclose(sample.logprobs, reference_logprobs(qwen3[0], prompt(4 + i, i), sample.token_ids, 1.0), atol=1e-5)
+        sample, aborted = ended[f"r{i}", 0], i in (0, 3, 4)
+        assert (len(sample.token_ids), sample.finish_reason) == ((5, "abort") if aborted else (stops[i][1], "stop"))
+        expected = reference_logprobs(qwen3[0], prompt(4 + i, i), sample.token_ids, 1.0 + 0.1 * i)
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5)
 
 
 def test_nothing_is_sampled_before_the_first_weights(qwen3: tuple[Any, Path]) -> None:

@@ -19,3 +19,17 @@ def overlong_penalty(num_tokens: int, max_tokens: int, cache_tokens: int) -> flo
     """
     over = num_tokens - (max_tokens - cache_tokens)
     return -min(max(over, 0) / cache_tokens, 1.0)
+
+
+def shaped_score(
+    score: float,
+    parts: Mapping[str, float],
+    num_tokens: int,
+    *,
+    max_tokens: int,
+    weights: Mapping[str, float] | None,
+    penalty_tokens: int | None,
+) -> float:
+    """The score that advantages are made of: weighted if `weights` are given, less the penalty for length if `penalty_tokens` is."""
+    value = score if weights is None else weighted_score(parts, weights)
+    return value if penalty_tokens is None else value + overlong_penalty(num_tokens, max_tokens, penalty_tokens)

@@ -1,0 +1,55 @@
+"""The schedule's values, and the optimizer's groups and state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from learner.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from learner.settings import OptimizerSettings, ScheduleSettings
+
+
+def rates(total: int, **settings: object) -> list[float]:
+    schedule = ScheduleSettings.model_validate(settings)
+    return [learning_rate(2.0, schedule, iteration, total) for iteration in range(total)]
+
+
+def test_constant_with_warmup() -> None:
+    assert rates(6, warmup_iterations=4) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert rates(3) == [2.0, 2.0, 2.0]
+
+
+def test_linear_and_cosine_end_at_their_final_fraction() -> None:
+    assert rates(6, name="linear", warmup_iterations=1, final_fraction=0.1) == pytest.approx([2.0, 2.0, 1.55, 1.1, 0.65, 0.2])
+    expected = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2) for p in (0, 0.25, 0.5, 0.75, 1)]
+    assert rates(5, name="cosine", final_fraction=0.1) == pytest.approx(expected)
+    assert learning_rate(2.0, ScheduleSettings(name="cosine", final_fraction=0.1), 9, 5) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+def test_short_runs_have_a_rate(name: str) -> None:
+    for total in (1, 2, 3):
+        assert all(0 <= rate <= 2 and math.isfinite(rate) for rate in rates(total, name=name, warmup_iterations=2))
+
+
+def test_only_matrices_decay() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = build_optimizer(layer.parameters(), OptimizerSettings(lr=0.1, weight_decay=0.5))
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before["weight"] * 0.95)
+    assert torch.equal(layer.bias.detach(), before["bias"])
+
+
+def test_state_of_a_foreign_parameter_is_refused() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = build_optimizer(layer.parameters(), OptimizerSettings())
+    names = {p: name for name, p in layer.named_parameters()}
+    assert optimizer_tensors(optimizer, names) == {}
+    with pytest.raises(ValueError, match=r"optimizer\.exp_avg\.head\.weight"):
+        load_optimizer_tensors(optimizer, names, {"optimizer.exp_avg.head.weight": torch.zeros(1)})

@@ -20,7 +20,6 @@ from learner.batcher import Assembler, Batch, Batcher, Group, outcome
 from protocol.channels import Link
 from protocol.codec import encode
 from protocol.credits import Incoming
-from protocol.errors import RunEnded
 from protocol.intervals import Recorder
 from protocol.journal import Journal
 from protocol.ledger import Ledger
@@ -129,8 +128,6 @@ class Intake:
             with self._lock:
                 self._error = error
                 self._lock.notify_all()
-            if isinstance(error, RunEnded):
-                self._node.close()
 
     def _take_trajectories(self) -> None:
         acknowledged: dict[str, list[tuple[int, int, int]]] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -248,10 +249,13 @@ class Waker:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
 
     def wake(self) -> None:
-        """End the present or the next poll."""
-        os.eventfd_write(self.fd, 1)
+        """End the present or the next poll; nothing after `close`."""
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
 
     def clear(self) -> None:
         """Forget wake-ups so far."""
@@ -261,7 +265,10 @@ class Waker:
             pass
 
     def close(self) -> None:
-        os.close(self.fd)
+        """Wake nobody any more."""
+        with self._lock:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Poller:

@@ -70,7 +70,7 @@ class ProcessSpec:
 
 
 class Node:
-    """The process's end of every channel. One thread owns it; `wake` and `event` alone may be called from others."""
+    """The process's end of every channel. One thread owns it; `wake`, `tell`, `event`, `finished` and `stop` may be called from others."""
 
     def __init__(self, spec: ProcessSpec, recorder: Recorder | None = None) -> None:
         self.spec = spec
@@ -89,11 +89,12 @@ class Node:
         self._links: dict[str, dict[str, Link]] = {}
         self._on_link: dict[str, Callable[[Link], None]] = {}
         self._on_gone: dict[str, Callable[[str], None]] = {}
-        self._events: deque[Event] = deque()
+        self._outbox: deque[Message] = deque()
         self._published: dict[str, str] = {}
         self._peers: list[dict[str, Any]] = []
         self._next_beat_s = 0.0
         self.observations_lost = 0
+        self.closed = False
         self.join("observe")
 
     def serve(self, channel: str) -> Endpoint:
@@ -161,10 +162,8 @@ class Node:
         return self._stop_reason is not None
 
     def event(self, name: str, **data: Any) -> None:
-        """Tell supervisor and dashboard of something worth a line. Sent with the next beat, at once if this thread polls."""
-        self._events.append(Event(identity=self.identity, time_s=time.time(), name=name, data=data))
-        self._next_beat_s = 0.0
-        self._waker.wake()
+        """Tell supervisor and dashboard of something worth a line; from any thread."""
+        self.tell(Event(identity=self.identity, time_s=time.time(), name=name, data=data))
 
     def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
         """Numbers of one iteration, or of this moment (iteration -1), to the dashboard."""
@@ -178,23 +177,26 @@ class Node:
             if not link.send(message):
                 self.observations_lost += 1
 
-    def snapshot(self, message: Message) -> None:
-        """Send the supervisor a message of the control channel."""
-        self._control.send(message)
+    def tell(self, message: Message) -> None:
+        """Send the supervisor a message of the control channel, after those told before; from any thread."""
+        self._outbox.append(message)
+        self._next_beat_s = 0.0
+        self._waker.wake()
 
     def finished(self, error: str = "") -> None:
-        """This process's part is done."""
-        self._control.send(Finished(identity=self.identity, error=error))
+        """This process's part is done; from any thread."""
+        self.tell(Finished(identity=self.identity, error=error))
 
     def beat(self) -> None:
         """Heartbeat, events, intervals and gauges."""
         self._next_beat_s = time.monotonic() + HEARTBEAT_S
         now = self.recorder.activity
         self._control.send(Heartbeat(identity=self.identity, doing=now.name, peer=now.peer, since_s=now.since_s, detail=now.detail))
-        while self._events:
-            event = self._events.popleft()
-            self._control.send(event)
-            self.observe(event)
+        while self._outbox:
+            message = self._outbox.popleft()
+            self._control.send(message)
+            if isinstance(message, Event):
+                self.observe(message)
         if self._links["observe"]:
             self.observe(self.recorder.drain())
             usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -203,6 +205,7 @@ class Node:
 
     def close(self) -> None:
         """Flush what was recorded and close every socket, giving the last messages a moment to leave."""
+        self.closed = True
         self.beat()
         for link in [self._control, *(link for links in self._links.values() for link in links.values())]:
             link.socket.close(linger=500)

@@ -107,7 +107,7 @@ class Dashboard:
         self._files: dict[str, TextIO] = {}
         self._board = Writer(str(run_dir / "tensorboard"))
         self._fleets = Fleets()
-        self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "evaluations": [], "rewards": []}
+        self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "rewards": []}
         self._rewards: deque[float] = deque(maxlen=200)
         self._next_s = 0.0
 
@@ -179,7 +179,6 @@ class Dashboard:
         record = {"time_s": message.time_s, "identity": message.identity, "event": message.name, **message.data}
         self._metrics.write(json.dumps(record) + "\n")
         if message.name == "eval":
-            self._values["evaluations"].append(message.data)
             self._write(
                 message.data["version"],
                 message.time_s,
@@ -198,4 +197,4 @@ class Dashboard:
 
     def _snapshot(self) -> None:
         values = {**self._values, "queues": self._fleets.queues(), "sampled_tokens": self._fleets.sum("generator/tokens")}
-        self._node.snapshot(Snapshot(time_s=time.time(), values=values))
+        self._node.tell(Snapshot(time_s=time.time(), values=values))

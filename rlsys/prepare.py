@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.dataset import read_problems
 from actors.text import context_length
@@ -71,13 +69,13 @@ def _make_quickstart(config: RunConfig, say: Callable[[str], None]) -> tuple[Run
     from rlsys.quickstart.base_model import ensure_base_model
     from rlsys.quickstart.datasets import ensure_datasets
 
-    def own(path: Path | None, made: Path) -> Path | None:
-        return made if str(path) == QUICKSTART else path
-
-    datasets = ensure_datasets()
-    base = ensure_base_model(say)
     content = config.model_dump(mode="json")
-    content["model"]["path"] = str(own(config.model.path, base.path))
-    content["data"]["train"] = str(own(config.data.train, datasets.train))
-    content["data"]["eval"] = None if config.data.eval is None else str(own(config.data.eval, datasets.held_out))
-    return RunConfig.model_validate(json.loads(json.dumps(content))), base.cached
+    cached = True
+    if str(config.model.path) == QUICKSTART:
+        base = ensure_base_model(say)
+        content["model"]["path"], cached = str(base.path), base.cached
+    datasets = ensure_datasets()
+    for key, made in (("train", datasets.train), ("eval", datasets.held_out)):
+        if content["data"][key] == QUICKSTART:
+            content["data"][key] = str(made)
+    return RunConfig.model_validate(content), cached

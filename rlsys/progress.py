@@ -126,7 +126,7 @@ class Progress:
         snapshot: dict[str, Any] = view.snapshot
         if snapshot.get("rewards"):
             table.add_row("reward", sparkline(snapshot["rewards"]))
-        for result in snapshot.get("evaluations", [])[-2:]:
+        for result in view.evaluations[-2:]:
             table.add_row("pass@1", f"{result['pass_at_1']:.3f} at v{result['version']} on {result['problems']} problems")
         queues = snapshot.get("queues", {})
         if queues:

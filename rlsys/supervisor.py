@@ -83,6 +83,7 @@ class View:
     started_s: float = field(default_factory=time.time)
     phases: list[Phase] = field(default_factory=list)
     training_since_s: float | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Supervisor:
@@ -232,7 +233,9 @@ class Supervisor:
 
     def _on_phase(self, event: Event) -> None:
         """Wall and CPU time between the events that part a run."""
-        if event.name == "training started":
+        if event.name == "eval":
+            self.view.evaluations.append(event.data)
+        elif event.name == "training started":
             self.view.training_since_s = event.time_s
         following = {"training started": "training", "training ended": "final evaluation and end"}.get(event.name)
         if following:
@@ -260,6 +263,7 @@ class Supervisor:
             "time_s": now,
             "since_s": self.view.started_s,
             **self.view.snapshot,
+            "evaluations": self.view.evaluations,
             "processes": [
                 {
                     "name": p.child.spec.name,
@@ -293,11 +297,11 @@ class Supervisor:
                 "started_s": self.view.started_s,
                 "ended_s": time.time(),
                 "phases": [{"name": p.name, "wall_s": round(p.wall_s, 3), "cpu_s": round(p.cpu_s, 3)} for p in self.view.phases],
-                "evaluations": self.view.snapshot.get("evaluations", []),
+                "evaluations": self.view.evaluations,
                 "iterations_done": self.view.snapshot.get("iteration", 0),
             }
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
-            write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1))
+            write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1) + "\n")
             for directory in (self._socket_dir, self._weights_dir):
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)

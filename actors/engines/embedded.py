@@ -32,7 +32,7 @@ from protocol.messages import Version
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     """A request with samples that have not started."""
 
@@ -101,8 +101,8 @@ class EmbeddedEngine:
             raise ValueError(f"{where}: {len(request.prompt_ids)} prompt tokens; from 1 to {self._max_context - 1} leave room to sample")
         if not request.seeds:
             raise ValueError(f"{where}: no seeds, so no samples")
-        if sampling.max_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise ValueError(f"{where}: {sampling}; expected max_tokens >= 1, temperature >= 0, 0 < top_p <= 1, top_k >= 0")
+        if sampling.max_tokens < 1 or not 0 <= sampling.temperature < np.inf or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise ValueError(f"{where}: {sampling}; expected max_tokens >= 1, a finite temperature >= 0, 0 < top_p <= 1, top_k >= 0")
         if self._slots.rows_of(request.request_id) or any(w.request.request_id == request.request_id for w in self._waiting):
             raise ValueError(f"{where}: is already being sampled")
         self._waiting.append(_Waiting(request))

@@ -44,9 +44,9 @@ def draw(
     device = logits.device
     greedy = temperature == 0
     logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # before the division, which may then overflow downwards only
     if not np.all(greedy | (temperature == 1)):
         logits = logits / torch.from_numpy(np.where(greedy, 1, temperature).astype(np.float32)).to(device)[:, None]
-    logits = logits - logits.amax(-1, keepdim=True)
     weights = logits.exp()
     cumulative = weights.cumsum(-1, dtype=torch.float64)  # in double, so that rare tokens of a large vocabulary keep their share
     total = cumulative[:, -1:]

@@ -189,7 +189,9 @@ def test_nothing_is_sampled_before_the_first_weights(qwen3: tuple[Any, Path]) ->
 
 
 @pytest.mark.parametrize(
-    "changes", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}], ids=lambda c: next(iter(c))
+    "changes",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}],
+    ids=lambda c: next(iter(c)),
 )
 def test_sampling_settings_out_of_range_are_refused(qwen3: tuple[Any, Path], changes: dict[str, Any]) -> None:
     engine = start(qwen3[1])

@@ -119,6 +119,12 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn(u: float) -
         assert 300 <= ids[0] < 700 and np.isfinite(logprobs[0])
 
 
+def test_a_tiny_temperature_is_nearly_greedy() -> None:
+    ids, logprobs = many(200, 1e-38)
+    assert set(ids) == {0}
+    np.testing.assert_array_equal(logprobs, 0.0)
+
+
 def test_logits_that_are_not_numbers_show_in_the_logprob() -> None:
     logits = torch.zeros(2, 5)
     logits[1, 2] = torch.nan

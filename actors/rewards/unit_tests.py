@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from actors.rewards import Sample, Score
 from actors.rewards.fences import extract_program
 from actors.rewards.problems import Problem, Test, parse_problem
-from actors.sandbox import MIB, Limits
+from actors.sandbox import MIB, Execution, Limits
 from actors.sandbox.checkers import CHECKERS, Checker
 from actors.sandbox.execution import Program
 from actors.sandbox.languages import LANGUAGES, CompileError, Language
@@ -114,7 +114,11 @@ class UnitTests:
         verdicts: list[str] = []
         detail = ""
         cpu_s = peak_bytes = 0.0
-        with closing(self.sandbox.run_each(program, [test.input for test in tests], limits)) as executions:
+
+        def is_right(index: int, execution: Execution) -> bool:
+            return not checker(execution.stdout, tests[index].output)
+
+        with closing(self.sandbox.run_each(program, [test.input for test in tests], limits, is_right)) as executions:
             for number, (test, execution) in enumerate(zip(tests, executions, strict=True), 1):
                 cpu_s += execution.cpu_s
                 peak_bytes = max(peak_bytes, execution.peak_memory_bytes)

@@ -11,6 +11,7 @@ and so that limits on the number of processes, from which root is exempt, bind.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def enter_landlock(trees: Sequence[str], packages: Mapping[str, str], tmp: str) 
     linux.landlock_restrict(ruleset)
     os.close(ruleset)
     linux.become_subreaper()
-    linux.die_with_parent()
+    linux.die_with_parent(signal.SIGTERM)  # the zygote then kills its job, which no pid namespace does for it
 
 
 def ruleset_without_writing() -> int:

@@ -11,10 +11,12 @@ import gc
 import io
 import mmap
 import os
+import random
 import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from typing import NoReturn
@@ -24,6 +26,10 @@ from actors.sandbox.linux import SeccompFilter
 
 _RESERVE_BYTES = 64 << 20  # address space of the zygote and of shared libraries, on top of what the program may use
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
+RANDOM_SEED = 0  # every run starts with the same random state and string hashes, so that a verdict can be had again
+SERIES_SLICE_S = 0.05
+"""A series starts no further run after so much processor time: what is slow is worth a process of its own, on any idle cell."""
+_RECURSION_LIMIT = 1000  # the interpreter's default
 _STAGE = 100  # where the descriptors of a job are parked if one stands where another belongs
 
 
@@ -35,15 +41,13 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
     """
     try:
         os.setsid()
-        if job.kind == wire.PYTHON:
-            source = _read_all(descriptors[0])
-            kept = descriptors[1:]
-        else:
-            kept = [*descriptors[1:], descriptors[0]]
+        is_python = job.kind in (wire.PYTHON, wire.SERIES)
+        source = _read_all(descriptors[0]) if is_python else b""
+        kept = descriptors[1:] if is_python else [*descriptors[1:], descriptors[0]]
         _place(kept)
         _limit(job)
         os.chdir(tmp)
-        if job.kind != wire.PYTHON:
+        if not is_python:
             for number in (signal.SIGXFSZ, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # Python ignores both, and exec inherits that
         linux.drop_capabilities()
@@ -61,6 +65,8 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         os.write(2, repr(error).encode())
         os._exit(1)
     started.close()
+    if job.kind == wire.SERIES:
+        run_series(source, (len(kept) - 2) // 2)
     run_python(source)
 
 
@@ -100,32 +106,90 @@ def open_stdio() -> None:
 def run_python(source: bytes) -> NoReturn:
     """Run `source` as __main__ and exit as the interpreter would."""
     gc.enable()
-    module = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = module
     code = 0
     try:
-        exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__)
-    except SystemExit as stop:
-        code = _exit_code(stop)
+        compiled = compile(source, "solution.py", "exec", dont_inherit=True)
     except BaseException:
         code = 1
         _print_traceback()
-    finish(code)
+    else:
+        code = _run_as_main(compiled)
+    os._exit(_finish(code))
 
 
-def finish(code: int) -> NoReturn:
-    """Join threads, run exit functions, flush, exit: what an interpreter does at its end, program-written parts included."""
+def run_series(source: bytes, num_inputs: int) -> NoReturn:
+    """Run `source` on several inputs, one after the other, until a run fails, takes long, or leaves something behind.
+
+    The first run is exactly that of `run_python`. Descriptors: 0 and 1 belong to the first input; 3 receives one byte for each run that
+    ended well; (4, 5), (6, 7), ... are stdin and stdout of the others.
+    """
+    gc.enable()
+    try:
+        compiled = compile(source, "solution.py", "exec", dont_inherit=True)
+    except BaseException:
+        _print_traceback()
+        os._exit(_finish(1))
+    for number in range(num_inputs):
+        if number:
+            os.dup2(2 + 2 * number, 0)
+            os.dup2(3 + 2 * number, 1)
+            open_stdio()
+            sys.setrecursionlimit(_RECURSION_LIMIT)
+            random.seed(RANDOM_SEED)
+        code = _run_as_main(compiled)
+        leaves_something = threading.active_count() > 1 or atexit._ncallbacks()
+        if leaves_something or code:
+            code = _finish(code)
+        elif not _flush():
+            code = 1
+        if code:
+            os._exit(code)
+        try:
+            os.write(3, b".")
+        except OSError:  # the program closed it: this run ended well, and there will be no further one
+            break
+        if leaves_something or time.process_time() > SERIES_SLICE_S:
+            break
+    os._exit(0)
+
+
+def _run_as_main(compiled: types.CodeType) -> int:
+    """Execute a module body as __main__; returns the exit code."""
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    try:
+        exec(compiled, module.__dict__)
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except BaseException:
+        _print_traceback()
+        return 1
+    return 0
+
+
+def _finish(code: int) -> int:
+    """Join threads, run exit functions, flush: what an interpreter does at its end, program-written parts included."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except BaseException:
         code = code or 1
+    return code if _flush() else code or 120  # the code of an interpreter that cannot flush its output
+
+
+def _flush() -> bool:
+    """Flush the standard streams and, by dropping the program's objects, every file that it forgot to close."""
     try:
         sys.stdout.flush()
+        original = sys.__stdout__
+        if original is not None and original is not sys.stdout and not original.closed:
+            original.flush()
+        vars(sys.modules["__main__"]).clear()
+        gc.collect()
     except BaseException:
-        code = code or 120  # the code of an interpreter that cannot flush its output
-    os._exit(code)
+        return False
+    return True
 
 
 def _exit_code(stop: SystemExit) -> int:

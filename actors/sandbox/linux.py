@@ -84,9 +84,9 @@ def pivot_root_here() -> None:
     os.chdir("/")
 
 
-def die_with_parent() -> None:
-    """SIGKILL for the caller when the thread that forked it ends (prctl(2)). Cleared by every change of uid: set it after."""
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl pdeathsig")
+def die_with_parent(signal_number: int = 9) -> None:
+    """A signal for the caller when the thread that forked it ends (prctl(2)). Cleared by every change of uid: set it after."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0), "prctl pdeathsig")
 
 
 def set_dumpable(dumpable: bool) -> None:

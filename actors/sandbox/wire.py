@@ -7,12 +7,14 @@ zygote -> owner    b"ready" or b"failed: why" once, then one Report for each Job
 from __future__ import annotations
 
 import struct
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-PYTHON, NATIVE, COMPILER = range(3)
-"""Kinds of job: Python source in the first descriptor, a compiled program in the first descriptor, a tool named by arguments[0]."""
+PYTHON, NATIVE, COMPILER, SERIES = range(4)
+"""Kinds of job: Python source in the first descriptor; a compiled program in the first descriptor; a tool named by arguments[0];
+Python source that is run on several inputs (`job.run_series`)."""
 
-Kind = Literal[0, 1, 2]
+LONGEST_SERIES = 32
+"""Inputs of one SERIES: each takes two descriptors."""
 
 CUT_BY_NOTHING, CUT_BY_WALL, CUT_BY_OWNER = range(3)
 READY, FAILED, END = b"ready", b"failed: ", b"end"

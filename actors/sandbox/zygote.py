@@ -9,7 +9,9 @@ starts as a copy of it: it forwards descriptors and never reads them.
 
 from __future__ import annotations
 
+import _sitebuiltins
 import array
+import builtins
 import gc
 import json
 import mmap
@@ -23,7 +25,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from actors.sandbox import confine, job, linux, rootfs, seccomp, wire
 
@@ -34,8 +36,7 @@ PRELOAD = tuple(
 )
 """Modules that judged programs import most; importing one of them then costs a dictionary look-up."""
 
-_MAX_DESCRIPTORS = 16
-_RANDOM_SEED = 0  # every job starts with the same random state and string hashes, so that a verdict can be had again
+_MAX_DESCRIPTORS = 4 + 1 + 2 * wire.LONGEST_SERIES
 _DEFAULT_STACK_BYTES = 256 << 20  # recursion in compiled programs; the hard limit is open, `memory_bytes` bounds it anyway
 
 
@@ -71,8 +72,13 @@ class Zygote:
         self._started = mmap.mmap(-1, mmap.PAGESIZE)
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
+        single = seccomp.build()
+        self._running = 0
+        if not self._is_pid_1:
+            signal.signal(signal.SIGTERM, lambda *_: self._end_now())
         self._filters = {
-            wire.PYTHON: seccomp.build(),
+            wire.PYTHON: single,
+            wire.SERIES: single,
             wire.NATIVE: seccomp.build(may_exec=True),
             wire.COMPILER: seccomp.build(may_fork=True, may_signal=self._is_pid_1),
         }
@@ -89,6 +95,7 @@ class Zygote:
         sys.path += ["/packages"] if self._is_pid_1 else options["package_parents"]
         for name in [name for name in sys.modules if name.partition(".")[0] in ("actors", "protocol")]:
             del sys.modules[name]
+        builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D"), _sitebuiltins.Quitter("quit", "Ctrl-D")
         sys.argv[:] = ["solution.py"]
         os.environ.clear()
         os.environ.update(job.ENVIRONMENT | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
@@ -97,7 +104,7 @@ class Zygote:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_STACK, (_DEFAULT_STACK_BYTES, resource.RLIM_INFINITY))
-        random.seed(_RANDOM_SEED)
+        random.seed(job.RANDOM_SEED)
         job.open_stdio()
         compile("for a in input().split():\n    print(a + 'b')\n", "warm", "exec")
         gc.collect()
@@ -131,10 +138,12 @@ class Zygote:
         if pid < 0:
             os.write(descriptors[3], b"fork failed")
             return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0)
+        self._running = pid
         cut = self._wait(pid, started_s + asked.wall_s)
         _, status, usage = os.wait4(pid, 0)
         wall_us = int((time.monotonic() - started_s) * 1e6)
         strays = self._reap_strays(pid)
+        self._running = 0
         cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
         return wire.Report(os.waitstatus_to_exitcode(status), cut, self._started[0], cpu_us, wall_us, usage.ru_maxrss, strays)
 
@@ -142,6 +151,7 @@ class Zygote:
         """Landlock profile, in the fork. Its /tmp has no quota, so only compilers may write; other processes of the uid are in sight."""
         if kind == wire.COMPILER:
             return self._filters[kind]
+        linux.die_with_parent()
         linux.forbid_new_privileges()
         linux.landlock_restrict(self._no_writing)
         return seccomp.build(may_exec=kind == wire.NATIVE, own_pid=os.getpid())
@@ -156,7 +166,7 @@ class Zygote:
                 return wire.CUT_BY_NOTHING
             signal.pidfd_send_signal(handle, signal.SIGKILL)
             if events and not self._control.recv(64):
-                os._exit(0)
+                self._end_now()
             return wire.CUT_BY_OWNER if events else wire.CUT_BY_WALL
         finally:
             self._poll.unregister(handle)
@@ -176,6 +186,15 @@ class Zygote:
             except ChildProcessError:
                 break
         return strays
+
+    def _end_now(self) -> NoReturn:
+        """The owner is gone. The kernel ends the cell of a PID 1; without a pid namespace the job's process group is ended here."""
+        for target in (self._running, -self._running) if self._running and not self._is_pid_1 else ():
+            try:
+                os.kill(target, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        os._exit(0)
 
     def _clean(self) -> None:
         """An empty /tmp for the next job."""

@@ -152,7 +152,9 @@ def test_threads_share_the_cells(sandbox: Sandbox) -> None:
 def test_a_job_of_a_killed_cell_runs_again_on_a_fresh_one() -> None:
     with Sandbox(1) as sandbox:
         (cell,) = sandbox.pool.idle_cells()
+        family = descendants(cell.pid)
         os.kill(cell.pid, signal.SIGKILL)
+        wait_until(lambda: not any(_alive(pid) for pid in family), "the cell is dead")
         assert sandbox.run(python("print(1)")).stdout == b"1\n"
         assert sandbox.pool.cells_replaced == 1
         assert sandbox.pool.idle_cells()[0].pid != cell.pid

@@ -59,6 +59,46 @@ def test_verdicts(reward: UnitTests, source: str, status: str) -> None:
     assert result.metrics[f"tests/{status}"] >= 1
 
 
+SAME_ALONE = {
+    "a mark in a shared module": "import math\nassert not hasattr(math, 'seen')\nmath.seen = 1\n" + ADD,
+    "a counter in a shared module": "import heapq\nheapq.n = getattr(heapq, 'n', 0) + 1\nif heapq.n > 1: print('again')\n" + ADD,
+    "ends at once": ADD + "import os, sys\nsys.stdout.flush()\nos._exit(0)",
+    "exits": ADD + "exit()",
+    "closes stdin": ADD + "import sys\nsys.stdin.close()",
+    "closes the descriptors": "import os\ns = os.read(0, 99)\nos.write(1, b'%d' % sum(map(int, s.split())))\nos.closerange(0, 99)",
+    "file on stdin": "a, b = map(int, open(0).read().split())\nprint(a + b)",
+    "replaces stdout": "import sys, io\nout = sys.stdout\nsys.stdout = io.StringIO()\n" + ADD + "out.write(sys.stdout.getvalue())",
+    "a file that is never closed": "import os\na, b = map(int, input().split())\nout = os.fdopen(1, 'w')\nprint(a + b, file=out)",
+    "prints at exit": "import atexit\na, b = map(int, input().split())\natexit.register(print, a + b)",
+    "a thread that goes on": (
+        "import threading, time\na, b = map(int, input().split())\n"
+        "def late():\n    time.sleep(0.01)\n    print(a + b)\nthreading.Thread(target=late).start()"
+    ),
+    "a daemon thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n" + ADD,
+    "recursion limit": "import sys\nassert sys.getrecursionlimit() == 1000\nsys.setrecursionlimit(5000)\n" + ADD,
+    "slow": "import time\nend = time.process_time() + 0.04\nwhile time.process_time() < end: pass\n" + ADD,
+    "takes the same random numbers each time": "import random\nassert random.random() == 0.8444218515250481\n" + ADD,
+}
+
+
+@pytest.mark.parametrize("name", SAME_ALONE)
+def test_runs_that_share_a_process_are_judged_as_if_alone(reward: UnitTests, name: str) -> None:
+    problem = {"id": "many", "tests": [{"input": f"{n} 1", "output": str(n + 1)} for n in range(6)]}
+    result = score(reward, fenced(SAME_ALONE[name]), problem)
+    assert result.status == "accepted", result
+
+
+def test_a_failure_after_the_first_test_is_a_failure(reward: UnitTests) -> None:
+    problem = {"id": "many", "tests": [{"input": f"{n} 1", "output": str(n + 1)} for n in range(6)]}
+    for end, status in (
+        ("1 / (a - 3)", "runtime_error"),
+        ("if a == 3: print('more')", "wrong_answer"),
+        ("while a == 3: pass", "time_limit"),
+    ):
+        result = score(reward, fenced(ADD + end), problem)
+        assert (result.status, result.metrics["tests/accepted"]) == (status, 3)
+
+
 def test_sparse_stops_at_the_first_failure_and_soft_gives_the_share(reward: UnitTests) -> None:
     half = fenced("a, b = map(int, input().split())\nprint(a + b if a < 100 else 0)")
     assert sum(value for name, value in score(reward, half).metrics.items() if name in ("tests/accepted", "tests/wrong_answer")) == 3

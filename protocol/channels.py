@@ -96,7 +96,23 @@ class Transport:
     directory: Path | None = None
     host: str = "127.0.0.1"
     keys: Keys | None = None
-    context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context.instance)
+    context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
+    opened: list[zmq.Socket[bytes]] = field(default_factory=list)
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        """A socket that `close` closes."""
+        socket = self.context.socket(kind)
+        self.opened.append(socket)
+        return socket
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close every socket, giving what was sent `linger_s` to leave, then the authenticator and the context."""
+        for socket in self.opened:
+            socket.close(linger=round(linger_s * 1000))
+        authenticator = _authenticators.pop(id(self.context), None)
+        if authenticator is not None:
+            authenticator.stop()
+        self.context.term()
 
     def bind_address(self, name: str) -> str:
         """Where to bind a socket called `name`: port 0 on tcp, a file on ipc."""
@@ -124,9 +140,7 @@ class _OneKey:
         self._public = public
 
     def callback(self, domain: str, key: bytes) -> bool:
-        import zmq.utils.z85
-
-        return zmq.utils.z85.encode(key) == self._public
+        return key == self._public
 
 
 def _admit_only(context: zmq.Context[zmq.Socket[bytes]], public: bytes) -> None:
@@ -137,14 +151,6 @@ def _admit_only(context: zmq.Context[zmq.Socket[bytes]], public: bytes) -> None:
         _authenticators[id(context)] = authenticator
 
 
-def close_context(context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    """End the authenticator of a context and the context itself; sockets are closed without waiting for unread messages."""
-    authenticator = _authenticators.pop(id(context), None)
-    if authenticator is not None:
-        authenticator.stop()
-    context.destroy(linger=0)
-
-
 class _Socket:
     """What the bound and the connected end share: non-blocking, checked on arrival, refusals counted and logged by peer."""
 
@@ -152,7 +158,7 @@ class _Socket:
         self.channel = channel
         self.spec = CHANNELS[channel]
         self._run = transport.run
-        self.socket: zmq.Socket[bytes] = transport.context.socket(kind)
+        self.socket: zmq.Socket[bytes] = transport.socket(kind)
         self.socket.linger = 0
         self.socket.sndhwm = self.socket.rcvhwm = HIGH_WATER_MARK
         self.refused = 0

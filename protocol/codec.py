@@ -81,6 +81,11 @@ def _plan(tag: str) -> _Plan:
     return _Plan(cls, tag.encode(), tuple(plain), tuple(arrays), frozenset(spec.name for spec in fields(cls)))
 
 
+def array_fields(tag: str) -> dict[str, np.dtype[Any]]:
+    """The fields of a message type that travel as raw buffers, with their dtypes."""
+    return dict(_plan(tag).arrays)
+
+
 def encode(message: Message, run: int) -> list[bytes | memoryview]:
     """The frames of a message of run `run` (64 bits)."""
     plan = _plan(type(message).__name__)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport, Waker, close_context
+from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport, Waker
 from protocol.errors import RunEnded
 from protocol.intervals import Recorder
 from protocol.messages import Event, Finished, Heartbeat, Message, Metrics, Peers, Refused, Register, Stop
@@ -207,12 +207,8 @@ class Node:
         """Flush what was recorded and close every socket, giving the last messages a moment to leave."""
         self.closed = True
         self.beat()
-        for link in [self._control, *(link for links in self._links.values() for link in links.values())]:
-            link.socket.close(linger=500)
-        for endpoint in self._served.values():
-            endpoint.close()
         self._waker.close()
-        close_context(self.transport.context)
+        self.transport.close(linger_s=0.5)
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, Stop):

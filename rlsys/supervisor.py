@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protocol.channels import Endpoint, Keys, Poller, Transport, close_context
+from protocol.channels import Endpoint, Keys, Poller, Transport
 from protocol.intervals import is_waiting
 from protocol.messages import Event, Finished, Heartbeat, Message, Peers, Register, Snapshot, Stop
 from protocol.node import ProcessSpec
@@ -306,7 +306,7 @@ class Supervisor:
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)
             if self._transport is not None:
-                close_context(self._transport.context)
+                self._transport.close()
             self.run_dir.release()
             signal.signal(signal.SIGINT, old)
 

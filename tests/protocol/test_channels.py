@@ -1,0 +1,151 @@
+"""Real sockets: delivery, refusal, credits, and keys."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from protocol.channels import CHANNELS, Endpoint, Keys, Link, Transport
+from protocol.codec import encode
+from protocol.messages import Ack, Credit, Hello, Message
+from tests.protocol.examples import equal, example
+
+RUN = 7
+DEADLINE_S = 10.0
+
+
+@pytest.fixture
+def transport() -> Iterator[Transport]:
+    with tempfile.TemporaryDirectory(prefix="rlsys-") as directory:
+        transport = Transport(RUN, Path(directory))
+        yield transport
+        transport.close()
+
+
+@pytest.fixture
+def tcp() -> Iterator[Callable[[Keys | None], Transport]]:
+    made: list[Transport] = []
+
+    def make(keys: Keys | None) -> Transport:
+        made.append(Transport(RUN, None, keys=keys))
+        return made[-1]
+
+    yield make
+    for transport in made:
+        transport.close()
+
+
+def wait_for(endpoint: Endpoint, count: int = 1, deadline_s: float = DEADLINE_S) -> list[tuple[str, Message]]:
+    got: list[tuple[str, Message]] = []
+    end = time.monotonic() + deadline_s
+    while len(got) < count and time.monotonic() < end:
+        endpoint.socket.poll(50)
+        got += endpoint.receive()
+    return got
+
+
+def wait_link(link: Link, deadline_s: float = DEADLINE_S) -> Message:
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        link.socket.poll(50)
+        for message in link.receive():
+            return message
+    raise AssertionError(f"nothing arrived from {link.peer} within {deadline_s} s")
+
+
+def hello(identity: str) -> Hello:
+    return Hello(role="generator", index=0, identity=identity, epoch=1)
+
+
+def test_messages_go_both_ways_and_carry_the_identity(transport: Transport) -> None:
+    server = Endpoint(transport, "tasks", "tasks")
+    link = Link(transport, "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    link.send(hello("generator-0@1"))
+    [(peer, message)] = wait_for(server)
+    assert peer == "generator-0@1"
+    assert equal(message, hello("generator-0@1"))
+    task = example("GroupTask")
+    assert server.send(peer, task)
+    assert equal(wait_link(link), task)
+
+
+def test_a_message_of_the_wrong_channel_or_direction_is_refused_and_named(transport: Transport, caplog: pytest.LogCaptureFixture) -> None:
+    server = Endpoint(transport, "tasks", "tasks")
+    link = Link(transport, "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    link.send(example("GroupTask"))  # flows down, never up
+    link.send(hello("generator-0@1"))
+    assert len(wait_for(server)) == 1
+    assert server.refused == 1
+    assert "GroupTask from generator-0@1: not a message of channel tasks" in caplog.text
+
+
+def test_garbage_is_refused_and_does_not_stop_the_channel(transport: Transport) -> None:
+    server = Endpoint(transport, "tasks", "tasks")
+    stranger = transport.socket(zmq.DEALER)
+    stranger.linger = 0
+    stranger.connect(server.address)
+    for parts in ([b"x"], [b"", b"", b""], [b"RL" + bytes(9) + b"Credit", b"\xc1"]):
+        stranger.send_multipart(parts)
+    stranger.send_multipart([bytes(f) for f in encode(Credit(total=3), RUN + 1)])
+    link = Link(transport, "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    link.send(Credit(total=3))
+    got = wait_for(server)
+    assert [peer for peer, _ in got] == ["generator-0@1"]
+    end = time.monotonic() + DEADLINE_S
+    while server.refused < 4 and time.monotonic() < end:
+        wait_for(server, 1, 0.1)
+    assert server.refused == 4
+
+
+def test_sending_to_a_peer_that_is_gone_says_so(transport: Transport) -> None:
+    server = Endpoint(transport, "trajectories", "trajectories")
+    link = Link(transport, "trajectories", "rewarder-0@1", server.address, "learner-0@1")
+    link.send(hello("rewarder-0@1"))
+    wait_for(server)
+    link.close()
+    end = time.monotonic() + DEADLINE_S
+    while server.send("rewarder-0@1", Ack(keys=np.zeros((0, 3), np.int64))):
+        assert time.monotonic() < end, "the endpoint never noticed that its peer is gone"
+    assert not server.send("rewarder-9@1", Credit(total=1))
+
+
+def test_tcp_binds_a_free_port_on_loopback(tcp: Callable[[Keys | None], Transport]) -> None:
+    server = Endpoint(tcp(None), "tasks", "tasks")
+    host, _, port = server.address.removeprefix("tcp://").partition(":")
+    assert host == "127.0.0.1"
+    assert int(port) > 0
+
+
+def test_tcp_with_the_runs_key_admits_its_peers_and_nobody_else(tcp: Callable[[Keys | None], Transport]) -> None:
+    keys = Keys.make()
+    server = Endpoint(tcp(keys), "tasks", "tasks")
+    other = Keys.make()
+    strangers = [
+        Link(tcp(None), "tasks", "generator-8@1", server.address, "dispatcher-0@1"),
+        Link(tcp(Keys(keys.public, other.secret)), "tasks", "generator-7@1", server.address, "dispatcher-0@1"),
+        Link(tcp(other), "tasks", "generator-6@1", server.address, "dispatcher-0@1"),
+    ]
+    for link in strangers:
+        link.send(hello("stranger"))
+    # a peer that speaks CURVE to the right server, but with a key of its own
+    own_key = tcp(None).socket(zmq.DEALER)
+    own_key.linger = 0
+    own_key.curve_publickey, own_key.curve_secretkey, own_key.curve_serverkey = other.public, other.secret, keys.public
+    own_key.connect(server.address)
+    own_key.send_multipart([bytes(f) for f in encode(hello("stranger"), RUN)])
+    friend = Link(tcp(keys), "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    friend.send(hello("generator-0@1"))
+    assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
+    assert wait_for(server, 1, 0.5) == []
+
+
+def test_every_channel_joins_roles_that_exist() -> None:
+    roles = {"supervisor", "dispatcher", "generator", "rewarder", "learner", "dashboard"}
+    for channel in CHANNELS.values():
+        assert {channel.binder, *channel.connectors} <= roles
+        assert channel.up
+        assert channel.one_way == (not channel.down)

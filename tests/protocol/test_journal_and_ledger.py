@@ -1,0 +1,108 @@
+"""What is on record stays on record."""
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+import protocol.journal as journal_module
+from protocol.errors import JournalError
+from protocol.journal import Journal, read_journal
+from protocol.ledger import Issue, Ledger
+from protocol.messages import GroupOutcome
+from tests.protocol.examples import example
+
+
+def test_records_come_back_in_order(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    records = [[b"trajectory", bytes([i]) * i] for i in range(50)]
+    for record in records:
+        journal.append(record)
+    journal.close()
+    assert list(read_journal(tmp_path)) == records
+
+
+def test_a_new_journal_never_appends_to_an_old_segment(tmp_path: Path) -> None:
+    for i in range(3):
+        journal = Journal(tmp_path)
+        journal.append([bytes([i])])
+        journal.close()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["000000.journal", "000001.journal", "000002.journal"]
+    assert list(read_journal(tmp_path)) == [[b"\0"], [b"\1"], [b"\2"]]
+
+
+def test_segments_are_cut_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 100)
+    journal = Journal(tmp_path)
+    for i in range(10):
+        journal.append([bytes([i]) * 40])
+    journal.close()
+    assert len(list(tmp_path.iterdir())) == 10, "two records of 57 bytes do not fit into 100"
+    assert [record[0][0] for record in read_journal(tmp_path)] == list(range(10))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11, 13, 20])
+def test_a_torn_tail_ends_reading_at_the_last_good_record(tmp_path: Path, cut: int) -> None:
+    journal = Journal(tmp_path)
+    journal.append([b"first"])
+    journal.append([b"second, longer"])
+    journal.close()
+    path = tmp_path / "000000.journal"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert list(read_journal(tmp_path)) == [[b"first"]]
+    with pytest.raises(JournalError, match=r"000000\.journal: damaged record"):
+        list(read_journal(tmp_path, strict=True))
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append([b"first"])
+    journal.close()
+    path = tmp_path / "000000.journal"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 4
+    path.write_bytes(bytes(data))
+    assert list(read_journal(tmp_path)) == []
+
+
+def outcome(group_id: int) -> GroupOutcome:
+    message = example("GroupOutcome")
+    assert isinstance(message, GroupOutcome)
+    return GroupOutcome(**{**{name: getattr(message, name) for name in message.__dataclass_fields__}, "group_id": group_id})
+
+
+def test_a_group_has_one_terminal_state(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.ended([outcome(1), outcome(2)])
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.ended([outcome(3), outcome(2)])
+    assert [o.group_id for o in ledger.outcomes()] == [1, 2], "a refused transaction leaves no row"
+    assert ledger.outcomes()[0] == outcome(1)
+    assert ledger.counts() == {"trained": 2}
+    ledger.close()
+
+
+def test_two_threads_and_two_connections_write_at_once(tmp_path: Path) -> None:
+    learner, dispatcher = Ledger(tmp_path / "ledger.sqlite"), Ledger(tmp_path / "ledger.sqlite")
+    errors: list[BaseException] = []
+
+    def write(first: int) -> None:
+        try:
+            for i in range(50):
+                learner.ended([outcome(first + i)])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(start,)) for start in (0, 1000)]
+    for thread in threads:
+        thread.start()
+    for i in range(50):
+        issue = Issue(group_id=i, attempt=0, iteration=0, purpose="train", problem_id="p", generator="g", issued_s=0.0)
+        dispatcher.issued([issue])
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not errors
+    assert len(dispatcher.outcomes()) == 100
+    learner.close()
+    dispatcher.close()

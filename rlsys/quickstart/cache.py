@@ -1,0 +1,93 @@
+"""Directories that are made once and found again: ~/.cache/rlsys/quickstart/<name>, or below RLSYS_CACHE.
+
+The name carries a fingerprint of everything that determines the content. An entry is written aside and renamed, and lists the SHA-256
+of its files, so that a torn or edited one is noticed and made anew. Two processes that miss at the same time both build; the first wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from protocol.errors import DataError
+
+_LISTING = "entry.json"
+
+
+def fingerprint(sources: Iterable[str], distributions: Iterable[str], *settings: object) -> str:
+    """16 hex digits that change with our source files ("package/file.py"), the versions of libraries and Python, and the settings.
+
+    Whole files are hashed: a changed comment costs one rebuild, a missed change would cost a wrong model.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        package, _, name = source.rpartition("/")
+        digest.update(f"{source} ".encode() + (importlib.resources.files(package.replace("/", ".")) / name).read_bytes())
+    facts = [f"{name} {version(name)}" for name in distributions] + [f"python {platform.python_version()}"]
+    digest.update(repr((facts, settings)).encode())
+    return digest.hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """Where the quickstart's entries lie."""
+    return Path(os.environ.get("RLSYS_CACHE") or "~/.cache/rlsys").expanduser() / "quickstart"
+
+
+def ensure_entry(name: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
+    """The directory of entry `name`, and whether it was there already.
+
+    If it was not, or was broken, `build` fills an empty directory, which then takes its place. Raises DataError when the cache
+    cannot be written; what `build` raises passes through and leaves no trace.
+    """
+    target = cache_root() / name
+    if is_whole(target):
+        return target, True
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".building", dir=target.parent))
+    except OSError as error:
+        raise DataError(
+            f"cannot write the quickstart's cache {target.parent}: {error.strerror}; name another place in RLSYS_CACHE."
+        ) from error
+    try:
+        build(aside)
+        files = {str(path.relative_to(aside)): _sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+        (aside / _LISTING).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+        _install(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target, False
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether the entry's listing can be read and every file in it has its recorded content."""
+    try:
+        files = json.loads((directory / _LISTING).read_text(encoding="utf-8"))["files"]
+        return all(_sha256(directory / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _install(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`, in place of a broken entry, unless another process has put a whole one there meanwhile."""
+    if target.exists() and not is_whole(target):
+        broken = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".broken", dir=target.parent))
+        target.replace(broken)
+        shutil.rmtree(broken)
+    try:
+        aside.replace(target)
+    except OSError:
+        if not is_whole(target):
+            raise
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

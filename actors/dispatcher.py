@@ -109,7 +109,7 @@ class Dispatcher:
         self._eval_sizes: dict[int, int] = {}
         self.outstanding: dict[int, GroupTask] = {}
         """Groups that were issued and have no terminal state."""
-        self._ended = 0
+        self.groups_issued = self.groups_ended = 0
 
     # ------------------------------------------------------------------------------------------------ issuing
 
@@ -136,6 +136,7 @@ class Dispatcher:
     def issue(self, task: GroupTask) -> None:
         """`task` was sent to a generator."""
         self.outstanding[task.group_id] = task
+        self.groups_issued += 1
         if task.purpose == "eval":
             self._eval_queue.popleft()
         else:
@@ -188,7 +189,7 @@ class Dispatcher:
         """A group ended. Returns the result of an evaluation round when this completed it."""
         if self.outstanding.pop(outcome.group_id, None) is None:
             return None
-        self._ended += 1
+        self.groups_ended += 1
         if outcome.purpose != "eval":
             return None
         outcomes = self._eval_rounds[outcome.iteration]
@@ -241,6 +242,7 @@ class DispatcherProcess:
         self._dispatcher = Dispatcher(job)
         self._ledger = Ledger(job.ledger)
         node.gauges = self._gauges
+        node.progress = lambda: self._dispatcher.groups_issued + self._dispatcher.groups_ended
         self._training = self._finished = False
 
     def run(self) -> None:

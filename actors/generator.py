@@ -55,6 +55,7 @@ class Generator:
         self._rewarders = node.join("completions", on_link=self._greet_rewarder, on_gone=self._rewarder_gone)
         self._learner = node.join("weights", on_link=self._greet)
         node.gauges = self._gauges
+        node.progress = lambda: engine.load.tokens_sampled + self._samples_done + self._groups_taken
 
     def run(self) -> None:
         """Sample until the run ends."""

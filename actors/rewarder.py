@@ -109,6 +109,7 @@ class Rewarder:
         self._statuses: dict[str, int] = {}
         self._scored, self._scoring_s = 0, 0.0
         node.gauges = self._gauges
+        node.progress = lambda: self._scored
 
     def run(self) -> None:
         """Score until the run ends."""

@@ -87,7 +87,9 @@ class Leader:
         self._step = Step(job.settings, job.model_dir, self._group)
         self._tokens = 0.0
         self._failed = False
+        self._iterations_done = 0
         node.gauges = self._gauges
+        node.progress = lambda: self._intake.received + self._iterations_done
 
     def _gather(self, job: LearnerJob) -> Group:
         if job.settings.ranks == 1:
@@ -141,6 +143,7 @@ class Leader:
             publish_s = self._publish(iteration + 1)
             self._intake.end_groups(batch.outcomes)
             self._report(batch, metrics.values, train_s, publish_s)
+            self._iterations_done += 1
 
     def _publish(self, number: int) -> float:
         started = time.monotonic()

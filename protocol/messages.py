@@ -374,14 +374,18 @@ class Heartbeat(Message):
     """Any process to the supervisor: alive, and what it does or waits for.
 
     Example:
-        Heartbeat(identity="learner-0@1", doing="waiting:trajectories", peer="rewarder", since_s=1.0, detail="3 samples of group 812")
+        Heartbeat(identity="learner-0@1", doing="waiting:trajectories", peer="rewarder", since_s=1.0,
+                  detail="3 samples of group 812", progress=4711)
     """
 
     identity: str
     doing: str
+    """The present activity; those that start with "waiting:" name a peer."""
     peer: str
     since_s: float
     detail: str
+    progress: int
+    """Grows with every useful thing done: tokens sampled, samples scored, trajectories received. A ring in which none grows has stalled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

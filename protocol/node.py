@@ -79,6 +79,8 @@ class Node:
         self.transport = spec.transport()
         self.gauges: Callable[[], Mapping[str, float]] = dict
         """Called at each flush: numbers of this moment, for the dashboard."""
+        self.progress: Callable[[], int] = int
+        """Called at each heartbeat: a count that grows with every useful thing done."""
         self._stop_reason: str | None = None
         self._waker = Waker()
         self._poller = Poller()
@@ -191,7 +193,11 @@ class Node:
         """Heartbeat, events, intervals and gauges."""
         self._next_beat_s = time.monotonic() + HEARTBEAT_S
         now = self.recorder.activity
-        self._control.send(Heartbeat(identity=self.identity, doing=now.name, peer=now.peer, since_s=now.since_s, detail=now.detail))
+        self._control.send(
+            Heartbeat(
+                identity=self.identity, doing=now.name, peer=now.peer, since_s=now.since_s, detail=now.detail, progress=self.progress()
+            )
+        )
         while self._outbox:
             message = self._outbox.popleft()
             self._control.send(message)

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from protocol.messages import Event
-from rlsys.supervisor import View, waits_for
+from rlsys.supervisor import View, in_words
 
 REFRESH_S = 0.5
 PLAIN_S = 10.0
@@ -138,7 +138,7 @@ class Progress:
             if beat is None:
                 table.add_row("", f"[dim]{process.child.spec.name} starts[/dim]")
             elif beat.peer:
-                table.add_row("", f"[dim]{_escape(waits_for(beat))}[/dim]")
+                table.add_row("", f"[dim]{_escape(in_words(beat))}[/dim]")
             else:
                 table.add_row("", f"{process.child.spec.name}: {_escape(beat.doing)}")
         return table

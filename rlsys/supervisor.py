@@ -97,6 +97,7 @@ class Supervisor:
         self._processes = self.view.processes
         self._ending: Ending | None = None
         self._next_status_s = 0.0
+        self._progress, self._moved_s = -1, time.monotonic()
         self._mark_s, self._mark_cpu_s, self._phase = time.monotonic(), 0.0, "start-up"
         self._run_id = secrets.token_hex(8)
         self._socket_dir: Path | None = None
@@ -214,15 +215,14 @@ class Supervisor:
         self._watch_stall()
 
     def _watch_stall(self) -> None:
-        """Every process waits, and has done so for longer than stall_s: say who waits for whom and end."""
-        beats = [p.heartbeat for p in self._processes.values() if p.child.spec.role != "dashboard"]
-        waits = [b for b in beats if b is not None and is_waiting(b.doing)]
-        if len(waits) < len(beats) or not waits:
-            return
-        newest = max(b.since_s for b in waits)
-        if time.time() - newest > self.config.deadlines.stall_s:
-            sentence = "; ".join(waits_for(b) for b in waits)
-            self.stop("failed", f"nothing has moved for {time.time() - newest:.0f} s: {sentence}")
+        """Nothing useful happened in the whole ring for stall_s, and the learner computes nothing: say who does what and end."""
+        beats = [p.heartbeat for p in self._processes.values() if p.child.spec.role != "dashboard" and p.heartbeat is not None]
+        progress = sum(beat.progress for beat in beats)
+        training = any(b.identity.startswith("learner") and not is_waiting(b.doing) for b in beats)
+        if progress != self._progress or training or len(beats) < len(self._processes) - 1:
+            self._progress, self._moved_s = progress, time.monotonic()
+        elif time.monotonic() - self._moved_s > self.config.deadlines.stall_s:
+            self.stop("failed", f"nothing has moved for {self.config.deadlines.stall_s:.0f} s: {'; '.join(map(in_words, beats))}")
 
     def _fail(self, process: Process, what: str, *, user_error: bool = False) -> None:
         if self._ending is None:
@@ -341,11 +341,13 @@ class Supervisor:
                     self.view.snapshot = message.values
 
 
-def waits_for(beat: Heartbeat) -> str:
-    """A wait in words: "learner-0 waits 41 s for trajectories from rewarder (3 groups of iteration 7)"."""
-    what = beat.doing.removeprefix("waiting:")
+def in_words(beat: Heartbeat) -> str:
+    """What a process does: "learner-0 waits 41 s for trajectories from rewarder (3 groups of iteration 7)"."""
+    name, seconds = beat.identity.partition("@")[0], max(0.0, time.time() - beat.since_s)
     detail = f" ({beat.detail})" if beat.detail else ""
-    return f"{beat.identity.partition('@')[0]} waits {max(0.0, time.time() - beat.since_s):.0f} s for {what} from {beat.peer}{detail}"
+    if not is_waiting(beat.doing):
+        return f"{name} has been at {beat.doing!r} for {seconds:.0f} s{detail}"
+    return f"{name} waits {seconds:.0f} s for {beat.doing.removeprefix('waiting:')} from {beat.peer}{detail}"
 
 
 def _how(code: int) -> str:

@@ -1,0 +1,44 @@
+# `make quickstart` and `make test` do all set-up. On a machine without a GPU torch comes from its CPU build (constraints-cpu.txt).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+
+.PHONY: help quickstart test test-slow check bench clean
+help:
+	@echo "make quickstart   set up, then train a tiny code model with the real processes on two CPU cores"
+	@echo "make test         set up, then run the tests (minutes)"
+	@echo "make test-slow    the long tests"
+	@echo "make check        style, types and import rules"
+	@echo "make bench        every benchmark that needs no extra package"
+	@echo "make clean        remove the environment and what tools left behind"
+
+$(READY): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "rlsys needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0])'
+	@echo "setting up $(VENV): about 1.5 GB, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+quickstart: $(READY)
+	@$(BIN)/rlsys up configs/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.transport
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

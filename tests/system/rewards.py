@@ -1,0 +1,50 @@
+"""Rewards that tests plug in by their path, as a user would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actors.rewards import Sample, Score
+from protocol.errors import InfrastructureFault
+
+
+class LengthReward:
+    """Shorter is better: cheap, differs between samples, and any model can learn it."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+
+    def score(self, sample: Sample) -> Score:
+        value = 1.0 / (1.0 + len(sample.completion))
+        return Score(value=value, status="accepted", passed=len(sample.completion) < 40)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class BrokenReward(LengthReward):
+    """A user's reward with a bug in it."""
+
+    def score(self, sample: Sample) -> Score:
+        raise KeyError("answer")
+
+
+class FaultyReward(LengthReward):
+    """Machinery that fails for every problem whose id ends in an even digit."""
+
+    def score(self, sample: Sample) -> Score:
+        if int(sample.problem["id"][-1]) % 2 == 0:
+            raise InfrastructureFault("the judge is on fire")
+        return super().score(sample)
+
+
+class HangingReward(LengthReward):
+    """Waits for a file that nobody writes."""
+
+    def score(self, sample: Sample) -> Score:
+        while not Path(self._options["file"]).exists():
+            time.sleep(0.05)
+        return super().score(sample)

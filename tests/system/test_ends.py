@@ -1,0 +1,139 @@
+"""Every end of a run is orderly: all processes gone within 10 s, and exit.json says how it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.conftest import Run, alive, members
+
+ROLES = ["dispatcher-0", "generator-0", "rewarder-0", "learner-0", "dashboard-0"]
+
+
+def endless(config: dict[str, Any]) -> dict[str, Any]:
+    """A run that is still going when the test ends it."""
+    config["iterations"] = 100_000
+    config["evaluation"] = {"at_start": False, "at_end": False}
+    return config
+
+
+def training(status: dict[str, Any]) -> bool:
+    return status.get("iteration", 0) >= 1
+
+
+def gone_within(pids: set[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not members(pids):
+            return True
+    return False
+
+
+def rlsys(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("victim", ROLES)
+def test_a_crash_names_the_guilty_role_and_shows_its_log(config: dict[str, Any], start: Callable[..., Run], victim: str) -> None:
+    run = start(endless(config))
+    run.until(training, "first iteration")
+    pids = run.pids()
+    os.kill(pids[victim], signal.SIGKILL)
+    assert run.wait(30) == 1
+    assert gone_within(set(pids.values()), 10)
+    assert run.exit_record["outcome"] == "failed"
+    assert run.exit_record["role"] == victim
+    assert f"{victim}@1 was killed by SIGKILL" in run.err
+    assert f"logs are in {run.path / 'logs'}" in run.err
+
+
+def test_ctrl_c_ends_in_order(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    run = start(endless(config))
+    run.until(training, "first iteration")
+    pids = set(run.pids().values())
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(30) == 130
+    assert gone_within(pids, 1)
+    assert run.exit_record["outcome"] == "interrupted"
+    assert run.exit_record["iterations_done"] >= 1
+    assert "the run ended early: interrupted by the user" in run.err
+
+
+def test_down_ends_a_detached_run_and_status_and_logs_tell_of_it(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    run = start(endless(config), "--detach")
+    assert run.wait(60) == 0, run.err
+    assert run.out.strip() == str(run.path)
+    end = time.monotonic() + 60
+    while run.status().get("iteration", 0) < 1:
+        assert time.monotonic() < end, rlsys("logs", str(run.path)).stdout
+    pids = set(run.pids().values())
+    status = rlsys("status", str(run.path))
+    assert "running" in status.stdout
+    assert "learner-0" in status.stdout
+    again = start_again(run)
+    assert again.returncode == 2
+    assert "in use" in again.stderr
+    down = rlsys("down", str(run.path))
+    assert down.returncode == 0, down.stderr
+    assert gone_within(pids, 1)
+    assert run.exit_record["outcome"] == "stopped"
+    assert "stopped" in rlsys("status", str(run.path)).stdout
+    assert "learner-0@1 ends" in rlsys("logs", str(run.path), "learner").stdout
+    assert rlsys("down", str(run.path)).stdout.strip().endswith("not running")
+
+
+def start_again(run: Run) -> "subprocess.CompletedProcess[str]":
+    return rlsys("up", str(run.config_path), "--run-dir", str(run.path))
+
+
+def test_a_users_broken_reward_ends_the_run_with_its_traceback(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    config["rewarders"] = {"reward": "tests.system.rewards:BrokenReward"}
+    run = start(config)
+    assert run.wait() == 1
+    assert run.exit_record["role"] == "rewarder-0"
+    assert "KeyError: 'answer'" in run.err
+
+
+def test_a_user_error_inside_a_process_is_one_line_and_exit_code_2(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    config["sampling"]["max_prompt_tokens"] = 1
+    run = start(config)
+    assert run.wait() == 2
+    assert "every prompt is longer than 1 tokens" in run.err
+    assert "Traceback" not in run.err
+
+
+def test_the_supervisors_death_ends_every_process(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    run = start(endless(config))
+    run.until(training, "first iteration")
+    pids = set(run.pids().values())
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.wait(30)
+    assert gone_within(pids, 10)
+    assert "dead" in rlsys("status", str(run.path)).stdout
+
+
+def test_a_hung_process_is_found_and_named(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    config["deadlines"]["heartbeat_s"] = 3.0
+    run = start(endless(config))
+    run.until(training, "first iteration")
+    pid = run.pids()["rewarder-0"]
+    os.kill(pid, signal.SIGSTOP)
+    assert run.wait(40) == 1
+    assert "rewarder-0@1 has been silent for" in run.err
+    assert not alive(pid)
+
+
+def test_a_ring_in_which_nothing_moves_says_who_waits_for_whom(config: dict[str, Any], start: Callable[..., Run], tmp_path: Path) -> None:
+    config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(tmp_path / "go")}}
+    config["deadlines"]["stall_s"] = 3.0
+    run = start(config)
+    assert run.wait(60) == 1
+    assert "nothing has moved" in run.err
+    assert "learner-0 waits" in run.err
+    assert "rewarder-0" in run.err

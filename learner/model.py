@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from learner import attention
 from learner.logprobs import head_logprobs
-from learner.packing import MicroBatch
+from learner.packing import Block, MicroBatch
 from protocol.errors import DataError
 
 
@@ -42,6 +43,12 @@ class CausalModel:
         self.head: nn.Linear = self.network.get_output_embeddings()
         self._check_head(directory)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the shared layout can run: all layers attend to everything before them."""
+        kinds = getattr(self.network.config.get_text_config(), "layer_types", None)
+        return kinds is not None and set(kinds) == {"full_attention"}
+
     def named_tensors(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under their transformers names, tied weights once. Live tensors, no copies."""
         tensors: dict[str, Tensor] = dict(self.network.named_parameters())
@@ -59,9 +66,13 @@ class CausalModel:
         def place(array: Any) -> Tensor:
             return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-        arguments = {"input_ids": place(batch.input_ids), "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": place(batch.input_ids), "use_cache": False}
         if batch.position_ids is not None:
             arguments["position_ids"] = place(batch.position_ids)
+        self.network.config._attn_implementation = "sdpa"
+        if batch.blocks is not None:
+            self.network.config._attn_implementation = attention.NAME
+            arguments["block_plan"] = self._block_plan(batch.blocks, batch.input_ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.trunk(**arguments).last_hidden_state
             hidden_TD = hidden.flatten(0, 1).index_select(0, place(batch.hidden_T))
@@ -73,6 +84,12 @@ class CausalModel:
                 place(batch.temperature_T),
                 entropy_gradient=entropy_gradient,
             )
+
+    def _block_plan(self, blocks: tuple[Block, ...], num_tokens: int) -> attention.BlockPlan:
+        config = self.network.config.get_text_config()
+        dtype = torch.bfloat16 if self.autocast else self.head.weight.dtype
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        return attention.BlockPlan(blocks, num_tokens, heads, kv_heads, device=self.device, dtype=dtype)
 
     @torch.no_grad()
     def _check_head(self, directory: Path) -> None:

@@ -4,7 +4,8 @@
 
 Only tokens that receive gradient (`loss_mask`) are laid out flat as T; tokens after a sample's last trainable one are left out.
 Padding stands on the right, where causal attention never looks at it, so sorted rows need no attention mask. Packed rows hold
-several samples, told apart by position ids that start again at 0; transformers makes the block-diagonal mask from these.
+several samples, told apart by position ids that start again at 0; transformers makes the block-diagonal mask from these. A third
+layout, which shares prompts, has a file of its own: `learner/sharing.py`.
 """
 
 # ruff: noqa: N815 (shapes stand in names)
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Layout = Literal["auto", "sorted", "packed"]
+Layout = Literal["sorted", "packed"]
+LAYOUTS: tuple[Layout, Layout] = ("sorted", "packed")
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
@@ -138,16 +140,18 @@ Rows = list[list[int]]
 def plan(lengths: Sequence[int], budget: int, layout: Layout) -> list[Rows]:
     """Micro-batches of rows of places in `lengths`, each of at most `budget` padded tokens (or one sample, if that is longer).
 
-    `auto` takes the layout with fewer padded tokens, sorted if they are within 10 %, since its attention needs no mask.
+    Sorted rows hold one sample each. Packed rows hold several and are filled first-fit, longest first.
     """
     order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: (-lengths[i], i))
     if layout == "sorted":
         return _sorted_rows(order, lengths, budget)
-    if layout == "packed":
-        return _packed_rows(order, lengths, budget)
-    candidates = [_sorted_rows(order, lengths, budget), _packed_rows(order, lengths, budget)]
-    in_sorted, in_packed = (sum(padded_tokens(rows, lengths) for rows in batches) for batches in candidates)
-    return candidates[0] if in_sorted <= 1.1 * in_packed else candidates[1]
+    return _packed_rows(order, lengths, budget)
+
+
+def emptiest(lengths: Sequence[int], budget: int) -> Layout:
+    """The layout with fewer padded tokens; sorted if they are within 10 %, since its attention needs no mask."""
+    in_sorted, in_packed = (sum(padded_tokens(rows, lengths) for rows in plan(lengths, budget, layout)) for layout in LAYOUTS)
+    return "sorted" if in_sorted <= 1.1 * in_packed else "packed"
 
 
 def padded_tokens(rows: Rows, lengths: Sequence[int]) -> int:
@@ -188,6 +192,20 @@ PACK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """R rows of attention in the shared layout: which tokens of the row are queries and keys, and what sees what."""
+
+    queries: npt.NDArray[np.int64]
+    """[R, Q] places in the row, padded with 0."""
+    real: npt.NDArray[np.bool_]
+    """[R, Q] False on padding. Every token of the row is a real query once."""
+    keys: npt.NDArray[np.int64]
+    """[R, K]"""
+    visible: npt.NDArray[np.bool_]
+    """[R, Q, K]; every query, padding too, sees a key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward pass: R rows of L tokens, of which T trainable tokens of `num_samples` samples lie flat."""
 
@@ -195,6 +213,8 @@ class MicroBatch:
     """[R, L], 0 on padding."""
     position_ids: npt.NDArray[np.int64] | None
     """[R, L], starting again at 0 for each sample of a packed row; None when every row is one sample."""
+    blocks: tuple[Block, ...] | None = None
+    """Only in the shared layout."""
     hidden_T: npt.NDArray[np.int64]
     """Place in the flattened [R * L] of the hidden state that predicts each token."""
     targets_T: npt.NDArray[np.int64]
@@ -232,7 +252,6 @@ def build(weighted: Weighted, rows: Rows) -> MicroBatch:
     input_ids = np.zeros((len(rows), width), np.int64)
     packed = any(len(row) > 1 for row in rows)
     position_ids = np.zeros((len(rows), width), np.int64) if packed else None
-    flat: list[TrainSample] = []
     hidden: list[npt.NDArray[np.int64]] = []
     for r, row in enumerate(rows):
         start = 0
@@ -242,20 +261,26 @@ def build(weighted: Weighted, rows: Rows) -> MicroBatch:
             if position_ids is not None:
                 position_ids[r, start : start + length] = np.arange(length)
             hidden.append(np.flatnonzero(sample.loss_mask) + (r * width + start + len(sample.prompt_ids) - 1))
-            flat.append(sample)
             start += length
-    places = [i for row in rows for i in row]
-    counts = [len(h) for h in hidden]
     return MicroBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         hidden_T=np.concatenate(hidden),
-        targets_T=np.concatenate([s.token_ids[s.loss_mask] for s in flat]).astype(np.int64),
-        behaviour_T=np.concatenate([s.behaviour_logprobs[s.loss_mask] for s in flat]).astype(np.float32),
-        advantages_T=np.repeat(np.array([s.advantage for s in flat], np.float64), counts),
-        weights_T=np.repeat(weighted.objective_N[places], counts),
-        likelihood_weights_T=np.repeat(weighted.likelihood_N[places], counts),
-        temperature_T=np.repeat(np.array([s.temperature for s in flat], np.float64), counts),
-        sample_T=np.repeat(np.arange(len(flat)), counts),
-        samples=tuple(places),
+        **flat_arrays(weighted, [i for row in rows for i in row]),
     )
+
+
+def flat_arrays(weighted: Weighted, places: Sequence[int]) -> dict[str, Any]:
+    """The fields [T] of a MicroBatch of these samples, which are the same in every layout."""
+    flat = [weighted.samples[i] for i in places]
+    counts = [sample.num_trainable for sample in flat]
+    return {
+        "targets_T": np.concatenate([s.token_ids[s.loss_mask] for s in flat]).astype(np.int64),
+        "behaviour_T": np.concatenate([s.behaviour_logprobs[s.loss_mask] for s in flat]).astype(np.float32),
+        "advantages_T": np.repeat(np.array([s.advantage for s in flat], np.float64), counts),
+        "weights_T": np.repeat(weighted.objective_N[list(places)], counts),
+        "likelihood_weights_T": np.repeat(weighted.likelihood_N[list(places)], counts),
+        "temperature_T": np.repeat(np.array([s.temperature for s in flat], np.float64), counts),
+        "sample_T": np.repeat(np.arange(len(flat)), counts),
+        "samples": tuple(places),
+    }

@@ -124,11 +124,11 @@ class LearnerSettings(_Settings):
     )
 
     tokens_per_microbatch: int = Field(
-        default=4096, ge=1, description="Budget of one forward pass in padded tokens; a longer sample goes alone, whole."
+        default=8192, ge=1, description="Budget of one forward pass in padded tokens; a longer sample goes alone, whole."
     )
-    layout: Literal["auto", "sorted", "packed"] = Field(
+    layout: Literal["auto", "shared", "sorted", "packed"] = Field(
         default="auto",
-        description="Rows of one sample sorted by length, or several samples per row; auto takes what computes fewer padded tokens.",
+        description="Prompts computed once per group (short samples on a CPU), rows of one sample sorted by length, or several per row.",
     )
 
     reward_weights: dict[str, float] | None = Field(

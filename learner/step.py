@@ -23,10 +23,11 @@ from torch import Tensor
 from learner.loss import Inputs, Loss
 from learner.model import CausalModel
 from learner.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from learner.packing import MicroBatch, Skipped, TrainSample, Weighted, admit, assign, build, plan, weigh
+from learner.packing import MicroBatch, Skipped, TrainSample, Weighted, admit, assign, build, emptiest, plan, weigh
 from learner.parallel import Group
 from learner.regularisers import next_entropy_coefficient
 from learner.settings import LearnerSettings
+from learner.sharing import SHARED_LONGEST, build_shared, plan_shared
 from learner.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -134,10 +135,17 @@ class Step:
 
     def _share(self, weighted: Weighted, useful: list[int]) -> list[_Work]:
         """This rank's micro-batches."""
-        samples = weighted.samples
-        shares = assign([samples[i].length for i in useful], self.group.size)
-        mine = [useful[place] for place in shares[self.group.rank]]
-        plans = plan([samples[i].length for i in mine], self.settings.tokens_per_microbatch, self.settings.layout)
+        samples, budget = weighted.samples, self.settings.tokens_per_microbatch
+        lengths = [samples[i].length for i in useful]
+        layout = self.settings.layout
+        if layout == "auto":
+            share = self.model.device.type == "cpu" and self.model.shares_prompts and max(lengths) <= SHARED_LONGEST
+            layout = "shared" if share else emptiest(lengths, budget)
+        if layout == "shared":
+            parts = plan_shared(samples, useful, budget, self.group.size, self.group.rank)
+            return [_Work(build_shared(weighted, units)) for units in parts]
+        mine = [useful[place] for place in assign(lengths, self.group.size)[self.group.rank]]
+        plans = plan([samples[i].length for i in mine], budget, layout)
         return [_Work(build(weighted, [[mine[place] for place in row] for row in rows])) for rows in plans]
 
     def _update(self, weighted: Weighted, work: list[_Work], tally: Tally, *, first: bool) -> tuple[list[_Work], list[Skipped]]:

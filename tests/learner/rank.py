@@ -38,10 +38,13 @@ def main(job_path: Path) -> None:
         empty = group.broadcast_bytes(b"" if rank == 0 else None)
         step = Step(settings, Path(job["model"]), group)
         values = [
-            step.train(random_samples(job["samples"], seed), iteration, job["iterations"]).values
-            for iteration, seed in enumerate(range(job["iterations"]))
+            step.train(random_samples(count, iteration), iteration, len(job["counts"])).values
+            for iteration, count in enumerate(job["counts"])
         ]
-        group.barrier()
+        if "leave" not in job:
+            group.barrier()
+        elif rank != job["leave"]:
+            group.sum(torch.ones(4))
     finally:
         group.close()
     save_file(step.state_dict_for_publishing(), str(out / f"rank-{rank}.safetensors"))

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.packing import PACK_TOKENS, Layout, admit, assign, build, padded_tokens, plan, token_weights, weigh
+from learner.packing import PACK_TOKENS, Layout, admit, assign, build, emptiest, padded_tokens, plan, token_weights, weigh
 from tests.learner.samples import random_samples
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40)
-LAYOUTS = st.sampled_from(["auto", "sorted", "packed"])
+LAYOUTS = st.sampled_from(["sorted", "packed"])
 
 
 @given(lengths=LENGTHS, budget=st.integers(1, 400), layout=LAYOUTS)
@@ -36,8 +36,7 @@ def test_packing_wastes_less_than_sorting_when_lengths_differ() -> None:
     lengths = np.random.default_rng(0).integers(20, 400, 64).tolist()
     waste = {name: sum(padded_tokens(rows, lengths) for rows in plan(lengths, 8192, name)) / sum(lengths) for name in ("sorted", "packed")}
     assert waste["packed"] < 1.1 < waste["sorted"]
-    assert plan(lengths, 8192, "auto") == plan(lengths, 8192, "packed")
-    assert plan([60] * 64, 4096, "auto") == plan([60] * 64, 4096, "sorted")
+    assert emptiest(lengths, 8192) == "packed" and emptiest([60] * 64, 4096) == "sorted"
     assert all(sum(lengths[i] for i in row) <= PACK_TOKENS for rows in plan(lengths, 8192, "packed") for row in rows)
 
 

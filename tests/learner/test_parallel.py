@@ -14,20 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.parallel import SingleProcess, connect_store, open_store
+from learner.parallel import SingleProcess, connect_store, join, open_store
+from learner.settings import LearnerSettings
+from learner.step import Step
 from protocol.errors import DeadlineExceeded
+from tests.learner.samples import random_samples
 
 DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def ranks(out: Path, model: Path, size: int, started: int | None = None, **job: Any) -> Iterator[list[subprocess.Popen[str]]]:
-    """The first `started` of `size` ranks, ended by their ids at the latest here."""
+def ranks(out: Path, model: Path, size: int, **job: Any) -> Iterator[list[subprocess.Popen[str]]]:
+    """All ranks, ended by their ids at the latest here."""
     processes: list[subprocess.Popen[str]] = []
     job = {"out": str(out), "model": str(model), "size": size, "timeout_s": 60.0} | job
     try:
-        for rank in range(size if started is None else started):
+        for rank in range(size):
             path = out / f"job-{rank}.json"
             path.write_text(json.dumps(job | {"rank": rank}))
             command = [sys.executable, "-m", "tests.learner.rank", str(path)]
@@ -56,33 +59,40 @@ def train(out: Path, model: Path, size: int, **job: Any) -> tuple[list[dict[str,
     return [json.loads((out / f"rank-{i}.json").read_text()) for i in range(size)], tensors[0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance", "metric_tolerance"), [("float64", 1e-9, 1e-9), ("float32", 1e-4, 1e-5)])
-def test_two_and_three_ranks_train_as_one(tmp_path: Path, model_dir: Path, dtype: str, tolerance: float, metric_tolerance: float) -> None:
-    settings = {"dtype": dtype, "device": "cpu", "optimizer": {"lr": 1e-2}, "tokens_per_microbatch": 128}
-    job = {"settings": settings, "samples": 17, "iterations": 5}
-    (alone,), expected = train(tmp_path / "one", model_dir, 1, **job)
-    for size in (2, 3) if dtype == "float64" else (2,):
-        found, parameters = train(tmp_path / str(size), model_dir, size, **job)
-        for one in found:
-            assert one["payload"] == b"\x00from rank 0\xff".hex() and one["empty"] == ""
-            assert one["values"] == found[0]["values"]
-            for values, alone_values in zip(one["values"], alone["values"], strict=True):
-                assert values == pytest.approx(alone_values, rel=metric_tolerance, abs=1e-7)
-        for name, tensor in expected.items():
-            torch.testing.assert_close(parameters[name], tensor, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(
+    ("dtype", "layout", "size", "tolerance", "metric_tolerance"),
+    [("float64", "sorted", 3, 1e-9, 1e-9), ("float32", "shared", 2, 1e-4, 1e-5)],
+)
+def test_ranks_train_as_one(
+    tmp_path: Path, model_dir: Path, dtype: str, layout: str, size: int, tolerance: float, metric_tolerance: float
+) -> None:
+    """To the last digits in float64, where every row is computed alike whatever stands beside it. One batch has fewer samples than ranks."""
+    settings = {"dtype": dtype, "device": "cpu", "optimizer": {"lr": 1e-2}, "tokens_per_microbatch": 128, "layout": layout}
+    counts = [17, 17, 1, 17, 9]
+    alone = Step(LearnerSettings.model_validate(settings), model_dir, SingleProcess())
+    expected = [alone.train(random_samples(count, i), i, len(counts)).values for i, count in enumerate(counts)]
+    found, parameters = train(tmp_path / "ranks", model_dir, size, settings=settings, counts=counts)
+    for one in found:
+        assert one["payload"] == b"\x00from rank 0\xff".hex() and one["empty"] == ""
+        assert one["values"] == found[0]["values"]
+        for values, expected_values in zip(one["values"], expected, strict=True):
+            assert values == pytest.approx(expected_values, rel=metric_tolerance, abs=1e-7)
+    for name, tensor in alone.state_dict_for_publishing().items():
+        torch.testing.assert_close(parameters[name], tensor, rtol=tolerance, atol=tolerance)
 
 
-def test_ranks_with_too_few_samples_still_take_part(tmp_path: Path, model_dir: Path) -> None:
-    settings = {"dtype": "float64", "device": "cpu"}
-    found, _ = train(tmp_path / "two", model_dir, 2, settings=settings, samples=1, iterations=1)
-    assert [one["values"][0]["updates"] for one in found] == [1.0, 1.0]
+def test_a_rank_that_leaves_is_a_named_error_on_the_others(tmp_path: Path, model_dir: Path) -> None:
+    with ranks(tmp_path, model_dir, 2, settings={"device": "cpu"}, counts=[3], leave=1) as (first, second):
+        _, errors = first.communicate(timeout=DEADLINE_S)
+        assert second.wait(timeout=DEADLINE_S) == 0
+    assert first.returncode != 0
+    assert "learner rank 0 of 2: sum failed" in errors and ("InfrastructureFault" in errors or "DeadlineExceeded" in errors)
 
 
-def test_a_rank_that_never_comes_is_a_named_error(tmp_path: Path, model_dir: Path) -> None:
-    with ranks(tmp_path, model_dir, 2, started=1, settings={}, samples=1, iterations=1, timeout_s=1.0) as (process,):
-        _, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode != 0
-    assert "DeadlineExceeded: learner rank 0 of 2" in errors
+def test_a_rank_that_never_comes_is_a_named_error() -> None:
+    store = open_store("127.0.0.1", 2, 5)
+    with pytest.raises(DeadlineExceeded, match=f"learner rank 0 of 2: the ranks did not meet at 127.0.0.1:{store.port} after 0.5 s"):
+        join(store, 0, 2, device=torch.device("cpu"), timeout_s=0.5)
 
 
 def test_no_store_is_a_named_error() -> None:

@@ -33,8 +33,11 @@ def make_step(model_dir: Path, **changes: Any) -> Step:
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant_length"])
-@pytest.mark.parametrize(("layout", "budget"), [("sorted", 64), ("packed", 64), ("packed", 2048), ("sorted", 1)])
+@pytest.mark.parametrize(
+    ("layout", "budget"), [("sorted", 64), ("packed", 64), ("packed", 2048), ("sorted", 1), ("shared", 4096), ("shared", 40)]
+)
 def test_two_updates_equal_the_reference(model_dir: Path, aggregation: str, layout: str, budget: int) -> None:
+    tolerance = 1e-7 if layout == "shared" else 1e-9  # other products round otherwise, and transformers takes norms in float32
     length = 24 if aggregation == "constant_length" else None
     step = make_step(model_dir, layout=layout, tokens_per_microbatch=budget, aggregation=aggregation, aggregation_length=length)
     reference = Reference(model_dir, **OPTIMIZER, aggregation=aggregation, length=24)
@@ -42,11 +45,11 @@ def test_two_updates_equal_the_reference(model_dir: Path, aggregation: str, layo
         samples = random_samples(13, seed=iteration)
         metrics = step.train(samples, iteration, 2).values
         reference.train(samples)
-        assert metrics["loss"] == pytest.approx(reference.losses[-1], rel=1e-9)
-        assert metrics["grad_norm"] == pytest.approx(reference.norms[-1], rel=1e-9)
+        assert metrics["loss"] == pytest.approx(reference.losses[-1], rel=tolerance)
+        assert metrics["grad_norm"] == pytest.approx(reference.norms[-1], rel=tolerance)
     found = step.state_dict_for_publishing()
     for name, expected in reference.parameters().items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_metrics_equal_the_formulas(model_dir: Path) -> None:
@@ -87,7 +90,7 @@ def test_zero_advantage_samples_cost_nothing_but_count_in_the_mean(model_dir: Pa
     step, reference = make_step(model_dir), Reference(model_dir, **OPTIMIZER)
     values = step.train(samples, 0, 1).values
     reference.train(samples)
-    assert values["grad_norm"] == pytest.approx(reference.norms[-1], rel=1e-9)
+    assert values["grad_norm"] == pytest.approx(reference.norms[-1], rel=1e-7)
     assert values["tokens_trained"] == sum(s.num_trainable for s in samples[::2]) < values["num_tokens"]
 
 
@@ -154,7 +157,7 @@ def test_samples_that_are_not_finite_are_named_and_left_out(model_dir: Path, cap
     assert metrics.values["grad_norm"] == clean.train([samples[0], *samples[3:]], 0, 1).values["grad_norm"]
 
 
-@pytest.mark.parametrize("layout", ["sorted", "packed"])
+@pytest.mark.parametrize("layout", ["sorted", "packed", "shared"])
 def test_a_sample_whose_log_probs_break_is_left_out_of_its_micro_batch(model_dir: Path, layout: str) -> None:
     """A NaN in one row of the embedding breaks the samples that contain the token, and no other."""
     samples = [s for s in random_samples(9) if s.num_trainable]

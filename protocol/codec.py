@@ -26,14 +26,15 @@ MAX_MAP_BYTES = 64 << 20
 """Largest msgpack map: problems with large tests travel in it. Arrays are bounded by their own frames."""
 
 Check = Callable[[Any], bool]
+_EXACT = (int, float, str, bool, bytes)
 
 
 class _Plan(NamedTuple):
     """What decoding one message type needs, worked out once."""
 
     cls: type[Message]
-    tag: bytes
-    plain: tuple[tuple[str, Check, str], ...]
+    plain: tuple[tuple[str, type | None, Check, str], ...]
+    """Name; the type that needs no further look, where there is one; the whole check; the hint in words."""
     arrays: tuple[tuple[str, np.dtype[Any]], ...]
     names: frozenset[str]
 
@@ -77,8 +78,8 @@ def _plan(tag: str) -> _Plan:
         if get_origin(hint) is Annotated:
             arrays.append((spec.name, np.dtype("<" + get_args(hint)[1]) if get_args(hint)[1] != "b1" else np.dtype(np.bool_)))
         else:
-            plain.append((spec.name, _check_for(hint), str(hint)))
-    return _Plan(cls, tag.encode(), tuple(plain), tuple(arrays), frozenset(spec.name for spec in fields(cls)))
+            plain.append((spec.name, hint if hint in _EXACT else None, _check_for(hint), str(hint)))
+    return _Plan(cls, tuple(plain), tuple(arrays), frozenset(spec.name for spec in fields(cls)))
 
 
 def array_fields(tag: str) -> dict[str, np.dtype[Any]]:
@@ -86,22 +87,36 @@ def array_fields(tag: str) -> dict[str, np.dtype[Any]]:
     return dict(_plan(tag).arrays)
 
 
+@cache
+def _header(tag: str, run: int) -> bytes:
+    return HEADER.pack(MAGIC, PROTOCOL_VERSION, run) + tag.encode()
+
+
+@cache
+def _plans(run: int) -> dict[bytes, _Plan]:
+    """The headers that a process of this run accepts."""
+    return {_header(tag, run): _plan(tag) for tag in MESSAGES}
+
+
 def encode(message: Message, run: int) -> list[bytes | memoryview]:
     """The frames of a message of run `run` (64 bits)."""
-    plan = _plan(type(message).__name__)
-    values: dict[str, Any] = {name: getattr(message, name) for name, _, _ in plan.plain}
+    tag = type(message).__name__
+    plan = _plan(tag)
+    values: dict[str, Any] = {field[0]: getattr(message, field[0]) for field in plan.plain}
     buffers: list[bytes | memoryview] = []
     for name, dtype in plan.arrays:
         array = np.ascontiguousarray(getattr(message, name), dtype=dtype)
         values[name] = array.shape
         buffers.append(array.data.cast("B") if array.size else b"")  # a view: the socket makes the only copy
-    return [HEADER.pack(MAGIC, PROTOCOL_VERSION, run) + plan.tag, msgpack.packb(values, buf_size=1024), *buffers]
+    return [_header(tag, run), msgpack.packb(values, buf_size=1024), *buffers]
 
 
 def decode(frames: Sequence[bytes | memoryview], run: int, peer: str = "a peer") -> Message:
     """The message in `frames`. `peer` names the sender in errors. Raises WireError; never anything else, whatever the bytes."""
-    plan = _read_header(frames, run, peer)
-    tag = plan.tag.decode()
+    plan = _plans(run).get(bytes(frames[0])) if frames else None
+    if plan is None:
+        raise _bad_header(frames, run, peer)
+    tag = plan.cls.__name__
     if len(frames) != 2 + len(plan.arrays):
         raise WireError(f"{tag} from {peer}: {len(frames)} frames, expected {2 + len(plan.arrays)}")
     if len(frames[1]) > MAX_MAP_BYTES:
@@ -113,11 +128,15 @@ def decode(frames: Sequence[bytes | memoryview], run: int, peer: str = "a peer")
     if type(values) is not dict or not plan.names.issuperset(values) or len(values) != len(plan.names):
         found = sorted(map(str, values)) if type(values) is dict else type(values).__name__
         raise WireError(f"{tag} from {peer}: fields {found}, expected {sorted(plan.names)}")
-    for name, check, expected in plan.plain:
-        if not check(values[name]):
-            raise WireError(f"{tag} from {peer}: {name} is {_short(values[name])}, expected {expected}")
-    for (name, dtype), frame in zip(plan.arrays, frames[2:], strict=True):
-        values[name] = _array(frame, values[name], dtype, f"{tag} from {peer}: {name}")
+    for name, exact, check, expected in plan.plain:
+        value = values[name]
+        if type(value) is not exact and not check(value):
+            raise WireError(f"{tag} from {peer}: {name} is {_short(value)}, expected {expected}")
+    for place, (name, dtype) in enumerate(plan.arrays, 2):
+        try:
+            values[name] = _array(frames[place], values[name], dtype)
+        except WireError as error:
+            raise WireError(f"{tag} from {peer}: {name}: {error}") from None
     message = plan.cls(**values)
     fault = message.fault()
     if fault:
@@ -125,28 +144,27 @@ def decode(frames: Sequence[bytes | memoryview], run: int, peer: str = "a peer")
     return message
 
 
-def _read_header(frames: Sequence[bytes | memoryview], run: int, peer: str) -> _Plan:
+def _bad_header(frames: Sequence[bytes | memoryview], run: int, peer: str) -> WireError:
+    """Why the first frame is no header of this run."""
     if len(frames) < 2 or len(frames[0]) < HEADER.size or len(frames[0]) > HEADER.size + 40:
-        raise WireError(f"message from {peer}: no header of {HEADER.size} bytes and a tag")
+        return WireError(f"message from {peer}: no header of {HEADER.size} bytes and a tag")
     magic, version, its_run = HEADER.unpack_from(frames[0])
     if magic != MAGIC:
-        raise WireError(f"message from {peer}: starts with {bytes(magic)!r}, expected {MAGIC!r}")
+        return WireError(f"message from {peer}: starts with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != PROTOCOL_VERSION:
-        raise WireError(f"message from {peer}: protocol version {version}, this process speaks {PROTOCOL_VERSION}")
+        return WireError(f"message from {peer}: protocol version {version}, this process speaks {PROTOCOL_VERSION}")
     tag = bytes(frames[0][HEADER.size :]).decode("ascii", "replace")
     if tag not in MESSAGES:
-        raise WireError(f"message from {peer}: unknown tag {tag!r}")
-    if its_run != run:
-        raise WireError(f"{tag} from {peer}: of run {its_run:016x}, this is run {run:016x}")
-    return _plan(tag)
+        return WireError(f"message from {peer}: unknown tag {tag!r}")
+    return WireError(f"{tag} from {peer}: of run {its_run:016x}, this is run {run:016x}")
 
 
-def _array(frame: bytes | memoryview, shape: Any, dtype: np.dtype[Any], where: str) -> np.ndarray[Any, Any]:
-    if type(shape) is not list or not 1 <= len(shape) <= 2 or not all(type(n) is int and n >= 0 for n in shape):
-        raise WireError(f"{where}: shape {_short(shape)}, expected one or two sizes")
+def _array(frame: bytes | memoryview, shape: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    if type(shape) is not list or not 1 <= len(shape) <= 2 or not all([type(n) is int and n >= 0 for n in shape]):
+        raise WireError(f"shape {_short(shape)}, expected one or two sizes")
     expected = dtype.itemsize * (shape[0] if len(shape) == 1 else shape[0] * shape[1])
     if len(frame) != expected:
-        raise WireError(f"{where}: {len(frame)} bytes for shape {shape} of {dtype}, expected {expected}")
+        raise WireError(f"{len(frame)} bytes for shape {shape} of {dtype}, expected {expected}")
     array = np.frombuffer(frame, dtype)
     return array if len(shape) == 1 else array.reshape(shape)
 

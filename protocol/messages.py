@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -78,11 +79,13 @@ def _tokens_fault(token_ids: npt.NDArray[np.int32], spans: npt.NDArray[np.int32]
             return f"{len(token_ids)} token_ids but {array.shape} {name}"
     if spans.ndim != 2 or spans.shape[1] != 3:
         return f"spans have shape {spans.shape}, expected [n, 3]"
-    last = int(spans[-1, 2]) if len(spans) else 0
+    rows = spans.tolist()  # a few rows: plain integers are quicker than array operations
+    last = rows[-1][2] if rows else 0
     if last != len(token_ids):
         return f"{len(token_ids)} token_ids but spans that end at {last}"
-    if len(spans) > 1 and ((np.diff(spans[:, 2]) <= 0).any() or (np.diff(spans[:, 0]) < 0).any()):
-        return f"spans {spans.tolist()} whose ends do not rise or whose versions fall"
+    for before, after in pairwise(rows):
+        if after[2] <= before[2] or after[0] < before[0]:
+            return f"spans {rows} whose ends do not rise or whose versions fall"
     return ""
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +71,7 @@ CHANNELS = {
 }
 """Name -> channel. The supervisor's `control` address is given to every process at its start, all others come with `Peers`."""
 
+_NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # as integers: arithmetic on enums costs more than a small send
 HIGH_WATER_MARK = 10_000
 """Messages a socket queues per peer. Credits keep every data channel far below; reaching it is reported, not waited for."""
 
@@ -165,10 +166,24 @@ class _Socket:
         self._last_refusal_s = 0.0
 
     def _frames(self) -> list[bytes] | None:
+        """The frames of one message that has arrived. (`recv_multipart` asks the socket after each whether there are more.)"""
+        receive = self.socket.recv
         try:
-            return self.socket.recv_multipart(zmq.NOBLOCK)
+            frame = receive(_NOW, copy=False)
         except zmq.Again:
             return None
+        frames = [frame.bytes]
+        while frame.more:
+            frame = receive(_NOW, copy=False)
+            frames.append(frame.bytes)
+        return frames
+
+    def _put(self, frames: Sequence[bytes | memoryview]) -> None:
+        """Queue one message. Raises zmq.Again when the queue is full, before any part of it is queued."""
+        send = self.socket.send
+        for frame in frames[:-1]:
+            send(frame, _NOW_AND_MORE)
+        send(frames[-1], _NOW)
 
     def _read(self, frames: list[bytes], allowed: tuple[type[m.Message], ...], peer: str) -> m.Message | None:
         try:
@@ -211,7 +226,7 @@ class Endpoint(_Socket):
     def send(self, peer: str, message: m.Message) -> bool:
         """Send to one peer. False when it is gone; a full queue raises WireError, because credits should have prevented it."""
         try:
-            self.socket.send_multipart([peer.encode(), *encode(message, self._run)], zmq.NOBLOCK)
+            self._put([peer.encode(), *encode(message, self._run)])
             return True
         except zmq.Again:
             raise WireError(f"{self.channel}: {HIGH_WATER_MARK} messages wait for {peer}, which reads none") from None
@@ -242,7 +257,7 @@ class Link(_Socket):
     def send(self, message: m.Message) -> bool:
         """Send; False when the queue is full (observations may be lost; data never gets there, because it needs a credit)."""
         try:
-            self.socket.send_multipart(encode(message, self._run), zmq.NOBLOCK)
+            self._put(encode(message, self._run))
             return True
         except zmq.Again:
             if not self.spec.one_way:

@@ -160,13 +160,17 @@ def _bad_header(frames: Sequence[bytes | memoryview], run: int, peer: str) -> Wi
 
 
 def _array(frame: bytes | memoryview, shape: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    if type(shape) is not list or not 1 <= len(shape) <= 2 or not all([type(n) is int and n >= 0 for n in shape]):
+    if type(shape) is not list or not 1 <= len(shape) <= 2 or not all(map(_is_size, shape)):
         raise WireError(f"shape {_short(shape)}, expected one or two sizes")
     expected = dtype.itemsize * (shape[0] if len(shape) == 1 else shape[0] * shape[1])
     if len(frame) != expected:
         raise WireError(f"{len(frame)} bytes for shape {shape} of {dtype}, expected {expected}")
     array = np.frombuffer(frame, dtype)
     return array if len(shape) == 1 else array.reshape(shape)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _short(value: Any) -> str:

@@ -35,7 +35,7 @@ class Journal:
 
     def append(self, frames: Sequence[bytes | memoryview]) -> tuple[int, int]:
         """Write one record; returns (segment, offset after it)."""
-        body: bytes = msgpack.packb([bytes(frame) for frame in frames])
+        body: bytes = msgpack.packb(list(frames), buf_size=256 + sum(map(len, frames)))
         data = _HEAD.pack(len(body), xxhash.xxh3_64_intdigest(body)) + body
         if self._size and self._size + len(data) > SEGMENT_BYTES:
             self._next_segment()

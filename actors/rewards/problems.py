@@ -4,15 +4,22 @@
 |---|---|
 | rlsys, Codeforces, SYNTHETIC-1 | `tests`: [{"input", "output"}], or {"inputs": [...], "outputs": [...]} |
 | TACO, APPS, PRIME | `input_output`: the same as JSON text, with `fn_name` for calls |
-| LiveCodeBench | `public_test_cases`, `private_test_cases`: JSON text of [{"input", "output", "testtype"}] |
+| LiveCodeBench | `public_test_cases`, `private_test_cases`: JSON text of [{"input", "output", "testtype"}]; `metadata` with `func_name` |
+| HumanEval | `prompt`, `entry_point`, `test` with check(candidate) |
+| MBPP | `test_list`, `test_setup_code` |
+| LeetCode | `tests`: {"functional": source that calls check(Solution().method)} |
 
 Bad data is an error that names problem and field, never a problem that nobody can solve.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
+import builtins
+import itertools
 import json
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +27,7 @@ from typing import Any
 
 from protocol.errors import DataError
 
+_KNOWN_TO_TESTS = {"list_node", "tree_node", "is_same_list", "is_same_tree", "ListNode", "TreeNode", "inf", "nan"}
 _LONGEST_UNPACKED_BYTES = 256 << 20
 
 
@@ -34,11 +42,36 @@ class Test:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asserts:
+    """Test code that calls the program by the names in `remote` and raises where an answer is wrong."""
+
+    setup: str
+    """Run once, before the tests, in their namespace."""
+    tests: tuple[str, ...]
+    remote: tuple[str, ...]
+    prelude: str = ""
+    """Source that the program may rely on: it stands before the program."""
+    continues_prelude: str = ""
+    """Name of a function: a program that does not define it is the rest of the prelude's last function."""
+    contest: bool = False
+    """Whether the program begins with the imports that contest platforms make."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """Arguments for one function, and for each the results that will do."""
+
+    function: str
+    cases: tuple[tuple[list[Any], list[Any]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What a program is judged by."""
 
     problem_id: str
-    tests: tuple[Test, ...]
+    form: tuple[Test, ...] | Asserts | Cases
+    """Tests of stdin and stdout, or calls."""
     language: str = "python"
     checker: str = "exact"
     time_limit_s: float | None = None
@@ -51,12 +84,18 @@ def parse_problem(line: Mapping[str, Any]) -> Problem:
     reader = _Reader(problem_id)
     return Problem(
         problem_id=problem_id,
-        tests=tuple(reader.stdio_tests(line)),
+        form=reader.form(line),
         language=reader.text(line, "language", "python"),
         checker=reader.text(line, "checker", "exact"),
         time_limit_s=reader.positive(line, "time_limit_s"),
         memory_limit_bytes=None if (limit := reader.positive(line, "memory_limit_bytes")) is None else int(limit),
     )
+
+
+def _first_call(source: str) -> tuple[str, ...]:
+    """The outermost function that test code calls first: the program's, where it has the name of a builtin."""
+    calls = (node.func.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    return tuple(itertools.islice(calls, 1))
 
 
 class _Reader:
@@ -96,17 +135,107 @@ class _Reader:
         except (ValueError, zlib.error) as error:
             raise self.error(field, f"text that is neither JSON nor compressed JSON ({error})") from None
 
-    def stdio_tests(self, line: Mapping[str, Any]) -> Sequence[Test]:
+    def form(self, line: Mapping[str, Any]) -> tuple[Test, ...] | Asserts | Cases:
+        """The tests, by whichever layout the fields show."""
+        if "entry_point" in line:
+            return self._humaneval(line)
+        if line.get("test_list"):
+            return self._mbpp(line)
+        tests = self.unpacked(line, "tests") if line.get("tests") else None
+        if isinstance(tests, Mapping) and "functional" in tests:
+            source = self.text(tests, "functional", "")
+            return Asserts(setup="", tests=(source,), remote=self._free_names("tests.functional", source), contest=True)
+        function = self._function_name(line)
+        return self._cases(line, function) if function else tuple(self._stdio_tests(line))
+
+    def _humaneval(self, line: Mapping[str, Any]) -> Asserts:
+        prompt, test, entry = (self.text(line, field, "") for field in ("prompt", "test", "entry_point"))
+        self._free_names("prompt", prompt)
+        self._free_names("test", test)
+        if not entry.isidentifier() or "def check(" not in test:
+            raise self.error("test" if entry.isidentifier() else "entry_point", "expected a function's name and a `def check(candidate)`")
+        call = f"check({entry})"
+        return Asserts(setup=f"{prompt}\n{test}", tests=(call,), remote=(entry,), prelude=prompt, continues_prelude=entry)
+
+    def _mbpp(self, line: Mapping[str, Any]) -> Asserts:
+        tests = line["test_list"]
+        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+            raise self.error("test_list", "expected a list of assert statements")
+        setup = self.text(line, "test_setup_code", "") or "\n".join(line.get("test_imports", []))
+        source = "\n".join([setup, *tests])
+        names = self._free_names("test_list", source) or _first_call(source)
+        modules = [name for name in names if name in sys.stdlib_module_names]
+        imports = "".join(f"import {name}\n" for name in modules)
+        return Asserts(setup=imports + setup, tests=tuple(tests), remote=tuple(name for name in names if name not in modules))
+
+    def _free_names(self, field: str, source: str) -> tuple[str, ...]:
+        """Names that test code uses and does not make itself: those of the judged program."""
+        try:
+            nodes = list(ast.walk(ast.parse(source)))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise self.error(field, f"not Python: {error}") from None
+        made = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+        made |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        imports = [name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names]
+        made |= {(name.asname or name.name).partition(".")[0] for name in imports}
+        used = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+        return tuple(dict.fromkeys(name for name in used if name not in made | _KNOWN_TO_TESTS and not hasattr(builtins, name)))
+
+    def _function_name(self, line: Mapping[str, Any]) -> str:
+        """The function that TACO's or LiveCodeBench's tests call; empty for programs of stdin and stdout."""
+        for field, key in (("input_output", "fn_name"), ("tests", "fn_name"), ("metadata", "func_name")):
+            if line.get(field):
+                value = self.unpacked(line, field)
+                if isinstance(value, Mapping) and value.get(key):
+                    return str(value[key])
+        return str(line.get("fn_name") or "")
+
+    def _cases(self, line: Mapping[str, Any], function: str) -> Cases:
+        cases: list[tuple[list[Any], list[Any]]] = []
+        for field, value in self._test_fields(line):
+            for index, test in enumerate(self._pairs(field, value)):
+                place = f"{field}[{index}]"
+                if test.get("testtype") == "functional":
+                    arguments = [self._json(f"{place}.input", text) for text in str(test["input"]).split("\n") if text.strip()]
+                    answers = [self._json(f"{place}.output", test["output"])]
+                else:
+                    arguments, wanted = test["input"], test["output"]
+                    # some sets wrap the one result in a list and some do not, and the field's own checkers take both
+                    answers = [wanted, wanted[0]] if isinstance(wanted, list) and len(wanted) == 1 else [wanted]
+                if not isinstance(arguments, list):
+                    raise self.error(f"{place}.input", f"{type(arguments).__name__}, expected a list of arguments")
+                cases.append((arguments, answers))
+        return Cases(function=function, cases=tuple(cases))
+
+    def _json(self, field: str, text: Any) -> Any:
+        try:
+            return json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise self.error(field, f"not JSON: {error}") from None
+
+    def _stdio_tests(self, line: Mapping[str, Any]) -> Sequence[Test]:
         """Tests of a program that reads stdin and writes stdout."""
+        return [
+            Test(
+                input=self._stream(f"{field}[{index}].input", test["input"]),
+                output=self._stream(f"{field}[{index}].output", test["output"]),
+            )
+            for field, value in self._test_fields(line)
+            for index, test in enumerate(self._pairs(field, value))
+        ]
+
+    def _test_fields(self, line: Mapping[str, Any]) -> list[tuple[str, Any]]:
         fields = [name for name in ("tests", "input_output", "public_test_cases", "private_test_cases") if line.get(name)]
         if not fields:
             raise self.error("tests", "no tests")
-        tests = [test for field in fields for test in self._tests_of(field, self.unpacked(line, field))]
-        if not tests:
+        found = [(field, self.unpacked(line, field)) for field in fields]
+        if not any(self._pairs(field, value) for field, value in found):
             raise self.error(fields[0], "no tests")
-        return tests
+        return found
 
-    def _tests_of(self, field: str, value: Any) -> list[Test]:
+    def _pairs(self, field: str, value: Any) -> list[Mapping[str, Any]]:
+        """Tests as objects with `input` and `output`."""
         if isinstance(value, Mapping):
             inputs, outputs = value.get("inputs"), value.get("outputs")
             if not isinstance(inputs, list) or not isinstance(outputs, list):
@@ -116,12 +245,10 @@ class _Reader:
             value = [{"input": left, "output": right} for left, right in zip(inputs, outputs, strict=True)]
         if not isinstance(value, list):
             raise self.error(field, f"{type(value).__name__}, expected a list of tests")
-        return [self._test(f"{field}[{index}]", test) for index, test in enumerate(value)]
-
-    def _test(self, field: str, test: Any) -> Test:
-        if not isinstance(test, Mapping) or "input" not in test or "output" not in test:
-            raise self.error(field, "expected an object with 'input' and 'output'")
-        return Test(input=self._stream(f"{field}.input", test["input"]), output=self._stream(f"{field}.output", test["output"]))
+        for index, test in enumerate(value):
+            if not isinstance(test, Mapping) or "input" not in test or "output" not in test:
+                raise self.error(f"{field}[{index}]", "expected an object with 'input' and 'output'")
+        return value
 
     def _stream(self, field: str, value: Any) -> bytes:
         """Text, or a list of lines as TACO and APPS have them."""

@@ -6,6 +6,8 @@ of the first test that failed. Waits for: cells of its own sandbox. Expected out
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
@@ -15,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from actors.rewards import Sample, Score
 from actors.rewards.fences import extract_program
-from actors.rewards.problems import Problem, Test, parse_problem
-from actors.sandbox import MIB, Execution, Limits
+from actors.rewards.problems import Asserts, Cases, Problem, Test, parse_problem
+from actors.sandbox import MIB, Execution, Limits, wire
 from actors.sandbox.checkers import CHECKERS, Checker
+from actors.sandbox.conversation import judge_calls
 from actors.sandbox.execution import Program
 from actors.sandbox.languages import LANGUAGES, CompileError, Language
 from actors.sandbox.runner import Sandbox
@@ -66,8 +69,9 @@ class UnitTests:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "options"
             raise ConfigError(f"reward unit_tests, option {place!r}: {first['msg']}") from None
-        self.sandbox = Sandbox(self._options.cells)
-        self._languages: dict[str, Language] = {}
+        self._languages: dict[str, Language] = {name: resolve(name, LANGUAGES, "language")() for name in LANGUAGES}
+        trees = [tree for language in self._languages.values() if not language.missing() for tree in language.trees()]
+        self.sandbox = Sandbox(self._options.cells, trees=trees)
 
     def score(self, sample: Sample) -> Score:
         """Raises DataError for a problem that cannot be judged and InfrastructureFault when the sandbox broke."""
@@ -77,11 +81,13 @@ class UnitTests:
         source = extract_program(sample.completion, language.fences, self._options.fence)
         if source is None:
             return Score(value=0.0, status="unparseable", detail=f"no fenced block of {problem.language}")
+        if not isinstance(problem.form, tuple):
+            return self._run_calls(source, problem, problem.form)
         try:
             program = language.prepare(source, self.sandbox)
         except CompileError as error:
-            return Score(value=0.0, status="compile_error", detail=_last_line(error.execution.stderr))
-        return self._run(program, problem, checker)
+            return Score(value=0.0, status="compile_error", detail=_first_error(error.execution.stderr))
+        return self._run(program, problem, problem.form, checker)
 
     def close(self) -> None:
         """End every process of the sandbox."""
@@ -90,13 +96,13 @@ class UnitTests:
     def _language(self, problem: Problem) -> Language:
         try:
             if problem.language not in self._languages:
-                language: Language = resolve(problem.language, LANGUAGES, "language")()
-                if missing := language.missing():
-                    raise DataError(f"problem {problem.problem_id!r}, field 'language': {missing}")
-                self._languages[problem.language] = language
+                self._languages[problem.language] = resolve(problem.language, LANGUAGES, "language")()
         except UnknownName as error:
             raise DataError(f"problem {problem.problem_id!r}, field 'language': {error}") from None
-        return self._languages[problem.language]
+        language = self._languages[problem.language]
+        if missing := language.missing():
+            raise DataError(f"problem {problem.problem_id!r}, field 'language': {missing}")
+        return language
 
     def _limits(self, problem: Problem) -> Limits:
         options = self._options
@@ -107,9 +113,35 @@ class UnitTests:
             output_bytes=options.output_limit_bytes,
         )
 
-    def _run(self, program: Program, problem: Problem, checker: Checker) -> Score:
+    def _run_calls(self, source: str, problem: Problem, form: Asserts | Cases) -> Score:
+        """Put the program and its tests into two cells and let them talk."""
+        if problem.language != "python":
+            raise DataError(f"problem {problem.problem_id!r}, field 'language': {problem.language!r}, but its tests call Python")
+        if problem.checker not in ("exact", "float"):
+            raise DataError(
+                f"problem {problem.problem_id!r}, field 'checker': {problem.checker!r} compares text; calls take exact or float"
+            )
+        candidate = Program(kind=wire.CALLS, content=assemble(source, form).encode(errors="surrogatepass"), arguments=_contest(form))
+        tests, num_tests = self._call_tests(problem, form)
+        limits = self._limits(problem)
+        limits = dataclasses.replace(limits, cpu_s=min(limits.cpu_s * num_tests, self._options.problem_budget_s))
+        verdicts, execution = judge_calls(self.sandbox.pool, candidate, tests, limits)
+        failure = next(((verdict, why) for verdict, why in verdicts if verdict != "accepted"), None)
+        detail = f"{failure[0]}: {failure[1]}" if failure else ""
+        return self._total([verdict for verdict, _ in verdicts], num_tests, detail, execution.cpu_s, execution.peak_memory_bytes)
+
+    def _call_tests(self, problem: Problem, form: Asserts | Cases) -> tuple[dict[str, Any], int]:
+        stop = self._options.score == "sparse"
+        if isinstance(form, Cases):
+            cases = sorted(form.cases, key=lambda case: len(repr(case[0])))[-self._options.max_tests :]
+            tolerant = problem.checker == "float"
+            return {"cases": cases, "function": form.function, "tolerant": tolerant, "stop": stop}, len(cases)
+        chosen = sorted(form.tests, key=len)[-self._options.max_tests :]
+        return {"setup": form.setup, "tests": chosen, "remote": form.remote, "stop": stop}, len(chosen)
+
+    def _run(self, program: Program, problem: Problem, form: tuple[Test, ...], checker: Checker) -> Score:
         """Run the chosen tests, shortest input first, for a wrong program usually fails on any."""
-        tests = choose_tests(problem.tests, self._options.max_tests)
+        tests = choose_tests(form, self._options.max_tests)
         limits = self._limits(problem)
         verdicts: list[str] = []
         detail = ""
@@ -148,6 +180,18 @@ class UnitTests:
         return Score(value=value, status=status, passed=passed, detail=detail, metrics=metrics)
 
 
+def assemble(source: str, form: Asserts | Cases) -> str:
+    """The program as it is run: after its prelude, or as the rest of the prelude's last function."""
+    if isinstance(form, Cases) or not form.prelude:
+        return source
+    defines = re.search(rf"^(async\s+)?(def|class)\s+{form.continues_prelude}\b|^{form.continues_prelude}\s*=", source, re.MULTILINE)
+    return f"{form.prelude}\n{source}" if defines else form.prelude + source
+
+
+def _contest(form: Asserts | Cases) -> tuple[str, ...]:
+    return ("contest",) if isinstance(form, Cases) or form.contest else ()
+
+
 def choose_tests(tests: tuple[Test, ...], most: int) -> list[Test]:
     """The `most` tests with the longest inputs, shortest first; ties in the dataset's order."""
     return sorted(tests, key=lambda test: len(test.input))[-most:]
@@ -159,6 +203,11 @@ def _checker(problem: Problem) -> Checker:
     except UnknownName as error:
         raise DataError(f"problem {problem.problem_id!r}, field 'checker': {error}") from None
     return checker
+
+
+def _first_error(stderr: bytes) -> str:
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return next((line.strip()[:200] for line in lines if "error" in line), _last_line(stderr))
 
 
 def _last_line(stderr: bytes) -> str:

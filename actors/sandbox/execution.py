@@ -21,7 +21,7 @@ class Program:
     """Something that a cell can run."""
 
     kind: int
-    """wire.PYTHON (source text), wire.NATIVE (an executable file) or wire.COMPILER (`arguments` name a tool)."""
+    """wire.PYTHON (source text), wire.NATIVE (an executable file), wire.CALLS (source text), ..."""
     content: bytes
     arguments: tuple[str, ...] = ()
 

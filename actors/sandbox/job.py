@@ -21,7 +21,7 @@ import traceback
 import types
 from typing import NoReturn
 
-from actors.sandbox import linux, wire
+from actors.sandbox import asserts, calls, linux, wire
 from actors.sandbox.linux import SeccompFilter
 
 _RESERVE_BYTES = 64 << 20  # address space of the zygote and of shared libraries, on top of what the program may use
@@ -29,6 +29,8 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "TMPD
 RANDOM_SEED = 0  # every run starts with the same random state and string hashes, so that a verdict can be had again
 SERIES_SLICE_S = 0.05
 """A series starts no further run after so much processor time: what is slow is worth a process of its own, on any idle cell."""
+CONTEST_NAMES: dict[str, object] = {}
+"""Filled by the zygote when it is warm."""
 _RECURSION_LIMIT = 1000  # the interpreter's default
 _STAGE = 100  # where the descriptors of a job are parked if one stands where another belongs
 
@@ -41,13 +43,13 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
     """
     try:
         os.setsid()
-        is_python = job.kind in (wire.PYTHON, wire.SERIES)
+        is_python = job.kind != wire.NATIVE
         source = _read_all(descriptors[0]) if is_python else b""
         kept = descriptors[1:] if is_python else [*descriptors[1:], descriptors[0]]
         _place(kept)
         _limit(job)
         os.chdir(tmp)
-        if not is_python:
+        if job.kind in (wire.NATIVE, wire.COMPILER):
             for number in (signal.SIGXFSZ, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # Python ignores both, and exec inherits that
         linux.drop_capabilities()
@@ -57,17 +59,26 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         if job.kind == wire.NATIVE:
             os.set_inheritable(len(kept) - 1, False)
             linux.exec_descriptor(len(kept) - 1, ["./solution", *job.arguments], ENVIRONMENT)
-        elif job.kind == wire.COMPILER:
-            os.close(len(kept) - 1)
-            os.execve(job.arguments[0], list(job.arguments), ENVIRONMENT)
     except BaseException as error:
         started[0] = 0
         os.write(2, repr(error).encode())
         os._exit(1)
     started.close()
+    if job.kind == wire.PYTHON:
+        run_python(source)
     if job.kind == wire.SERIES:
         run_series(source, (len(kept) - 2) // 2)
-    run_python(source)
+    try:
+        if job.kind == wire.COMPILER:
+            os._exit(_compile(job.arguments, tmp))
+        if job.kind == wire.ASSERTS:
+            asserts.run(source)
+        calls.run(source, CONTEST_NAMES if job.arguments else {})
+    except SystemExit as stop:
+        os._exit(_finish(_exit_code(stop)))
+    except BaseException:
+        _print_traceback()
+        os._exit(_finish(1))
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -151,6 +162,18 @@ def run_series(source: bytes, num_inputs: int) -> NoReturn:
         if leaves_something or time.process_time() > SERIES_SLICE_S:
             break
     os._exit(0)
+
+
+def _compile(command: tuple[str, ...], tmp: str) -> int:
+    """Run a compiler on the source in descriptor 0, with `OUT` in its arguments for the program, which is copied to descriptor 3."""
+    out = f"{tmp}/program"
+    words = [word.replace("OUT", out) for word in command]
+    code = os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(words[0], words, ENVIRONMENT | {"TMPDIR": tmp}), 0)[1])
+    if code == 0:
+        with open(out, "rb") as program:  # noqa: PTH123
+            while os.sendfile(3, program.fileno(), None, 1 << 24):
+                pass
+    return code & 0xFF
 
 
 def _run_as_main(compiled: types.CodeType) -> int:

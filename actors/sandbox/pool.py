@@ -30,11 +30,11 @@ class CellPool:
     Building it proves the isolation (`selftest.py`) and raises InfrastructureFault with the remedy where there is none.
     """
 
-    def __init__(self, num_cells: int, profile: str | None = None) -> None:
+    def __init__(self, num_cells: int, profile: str | None = None, trees: Sequence[str] = ()) -> None:
         self.num_cells = num_cells
         self.cells_replaced = 0
         """Cells that broke and were replaced, since the start."""
-        self._trees = interpreter_trees()
+        self._trees = [*interpreter_trees(), *trees]
         self._packages = find_packages(PACKAGES)
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="sandbox-keeper")
         self._changed = threading.Condition()

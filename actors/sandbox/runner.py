@@ -21,19 +21,20 @@ class Sandbox:
             execution = sandbox.run(sandbox_program, b"1 2\\n", Limits(cpu_s=2))
     """
 
-    def __init__(self, cells: int | None = None, profile: str | None = None) -> None:
-        self.pool = CellPool(cells or usable_cores(), profile)
+    def __init__(self, cells: int | None = None, profile: str | None = None, trees: Sequence[str] = ()) -> None:
+        """`trees` are directories outside /usr that cells shall see, such as a compiler's."""
+        self.pool = CellPool(cells or usable_cores(), profile, trees)
 
-    def run(self, program: Program, stdin: bytes = b"", limits: Limits = DEFAULT_LIMITS) -> Execution:
-        """Run `program` once. Raises InfrastructureFault when two cells in a row broke."""
+    def run(self, program: Program, stdin: bytes = b"", limits: Limits = DEFAULT_LIMITS, extras: Sequence[int] = ()) -> Execution:
+        """Run `program` once; `extras` are descriptors that it has as 3, 4, ... Raises InfrastructureFault when two cells broke."""
         with self.pool.lease() as cells:
             try:
-                execution, report = Running(cells[0], program, stdin, limits).collect()
+                execution, report = Running(cells[0], program, stdin, limits, extras=extras).collect()
                 if not is_suspect(execution, report, limits):
                     return execution
             except CellError:
                 self.pool.replace(cells, cells[0])
-            return Running(cells[0], program, stdin, limits).collect()[0]
+            return Running(cells[0], program, stdin, limits, extras=extras).collect()[0]
 
     def run_each(
         self,

@@ -43,7 +43,7 @@ _ALLOWED = {
 }  # fmt: skip
 _EXEC = {"execve": 59, "execveat": 322}
 _PROCESSES = {"fork": 57, "vfork": 58, "wait4": 61, "waitid": 247, "link": 86, "symlink": 88, "chmod": 90, "fchmod": 91, "setrlimit": 160,
-              "fchmodat": 268, "utimensat": 280, "fallocate": 285}  # fmt: skip
+              "fchmodat": 268, "utimensat": 280, "fallocate": 285, "sendfile": 40}  # fmt: skip
 _CLONE, _CLONE3, _KILL, _TGKILL, _IOCTL, _FCNTL, _PRLIMIT, _SOCKETPAIR = 56, 435, 62, 234, 16, 72, 302, 53
 
 _CLONE_THREAD = 0x1_0000

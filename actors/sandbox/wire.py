@@ -9,9 +9,11 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-PYTHON, NATIVE, COMPILER, SERIES = range(4)
-"""Kinds of job: Python source in the first descriptor; a compiled program in the first descriptor; a tool named by arguments[0];
-Python source that is run on several inputs (`job.run_series`)."""
+PYTHON, NATIVE, COMPILER, SERIES, CALLS, ASSERTS = range(6)
+"""Kinds of job: Python source in the first descriptor; a compiled program in the first descriptor; a compiler, its command in the
+arguments;
+Python source that is run on several inputs (`job.run_series`); Python source that answers calls (`calls.py`); their tests (`asserts.py`).
+"""
 
 LONGEST_SERIES = 32
 """Inputs of one SERIES: each takes two descriptors."""

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from actors.sandbox import confine, job, linux, rootfs, seccomp, wire
+from actors.sandbox import calls, confine, job, linux, rootfs, seccomp, wire
 
 PRELOAD = tuple(
     """abc array atexit base64 bisect builtins calendar cmath collections contextlib copy dataclasses datetime decimal enum errno
@@ -79,6 +79,8 @@ class Zygote:
         self._filters = {
             wire.PYTHON: single,
             wire.SERIES: single,
+            wire.CALLS: single,
+            wire.ASSERTS: single,
             wire.NATIVE: seccomp.build(may_exec=True),
             wire.COMPILER: seccomp.build(may_fork=True, may_signal=self._is_pid_1),
         }
@@ -91,6 +93,7 @@ class Zygote:
                 __import__(name)
             except ImportError:
                 continue
+        job.CONTEST_NAMES.update(calls.contest_names())
         sys.path[:] = [entry for entry in sys.path if entry and entry != options["source"]]
         sys.path += ["/packages"] if self._is_pid_1 else options["package_parents"]
         for name in [name for name in sys.modules if name.partition(".")[0] in ("actors", "protocol")]:

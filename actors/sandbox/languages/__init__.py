@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 LANGUAGES = {
     "python": "actors.sandbox.languages.python:Python",
+    "cpp": "actors.sandbox.languages.cpp:Cpp",
+    "rust": "actors.sandbox.languages.rust:Rust",
 }
 """Name in problems and configurations -> class. The class is built as `Class()`."""
 
@@ -32,6 +34,9 @@ class Language(Protocol):
 
     fences: tuple[str, ...]
     """Info strings of fenced blocks that hold it, in lower case."""
+
+    def trees(self) -> list[str]:
+        """Directories outside /usr that its tools need in a cell."""
 
     def missing(self) -> str:
         """Why this machine cannot run the language, in one sentence; empty when it can."""

@@ -12,6 +12,10 @@ class Python:
 
     fences = ("python", "py", "python3")
 
+    def trees(self) -> list[str]:
+        """The interpreter is in every cell anyway."""
+        return []
+
     def missing(self) -> str:
         """Never anything."""
         return ""

@@ -1,0 +1,87 @@
+"""Two jobs that talk to each other, each in a cell of its own: judged code, and the judge that has the secrets.
+
+The judge decides; the judged side only has to stay alive. Both ends of the line belong to the jobs alone, so each sees the other
+end close when it is gone, and neither can outlive the conversation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from actors.sandbox import Execution, Limits, wire
+from actors.sandbox.cell import Cell, CellError, memory_file
+from actors.sandbox.execution import Program, Running
+from actors.sandbox.pool import CellPool
+
+LEAVING_S = 2.0
+"""How long the judged side may take to end after the judge did; its own end may be slow but changes nothing."""
+_JUDGE_LIMITS = Limits(cpu_s=60, memory_bytes=2 << 30)
+_LONGEST_REPORT_BYTES = 4 << 20
+
+Verdict = tuple[str, str]
+"""accepted, wrong_answer, ... and the reason in one line."""
+
+
+def judge_calls(pool: CellPool, candidate: Program, tests: dict[str, Any], limits: Limits) -> tuple[list[Verdict], Execution]:
+    """Run the tests of a call problem (`asserts.py` has their form) against `candidate`, a program of kind CALLS.
+
+    Returns a verdict for each test that was reached. Raises InfrastructureFault when it failed twice for a reason of ours.
+    """
+    judge = Program(kind=wire.ASSERTS, content=json.dumps(tests).encode())
+    with pool.lease(2) as cells:
+        try:
+            return _judge_once(cells, candidate, judge, limits)
+        except CellError:
+            for cell in list(cells):
+                pool.replace(cells, cell)
+        return _judge_once(cells, candidate, judge, limits)
+
+
+def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limits: Limits) -> tuple[list[Verdict], Execution]:
+    report = memory_file()
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            judged = Running(cells[0], candidate, b"", limits, extras=[theirs.fileno()])
+            patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
+            judging = Running(cells[1], judge, b"", patience, extras=[ours.fileno(), report])
+        execution, judgement = converse(judged, judging, limits)
+        text = os.pread(report, _LONGEST_REPORT_BYTES, 0)
+    finally:
+        os.close(report)
+    if not text:  # only what the judged side answered can have broken the judge: it is the one part that varies
+        return [(judgement.outcome if judgement.outcome != "ok" else "runtime_error", "its answers could not be judged")], execution
+    verdicts = [(str(verdict), str(reason)) for verdict, reason in json.loads(text)]
+    if verdicts and verdicts[-1][0] == "gone":
+        verdicts[-1] = _why_gone(execution, verdicts[-1][1])
+    return verdicts, execution
+
+
+def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Execution, Execution]:
+    """Wait for both jobs to end; the judged side is ended soon after the judge. Raises CellError when a cell broke."""
+    try:
+        waiting = [judged, judging]
+        while judging in waiting:
+            ready, _, _ = select.select(waiting, [], [], limits.wall + 60)
+            if not ready:
+                raise CellError("neither the judged program nor its judge ended in time")
+            waiting = [job for job in waiting if job not in ready]
+        if waiting and not select.select(waiting, [], [], LEAVING_S)[0]:
+            judged.cell.end_job()
+    finally:
+        judgement, _ = judging.collect()
+        execution, _ = judged.collect()
+    return execution, judgement
+
+
+def _why_gone(execution: Execution, reason: str) -> Verdict:
+    if execution.outcome == "ok":
+        return "runtime_error", "the program ended before it answered"
+    lines = execution.stderr.decode(errors="replace").strip().splitlines()
+    return execution.outcome, lines[-1][:200] if lines else reason

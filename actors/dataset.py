@@ -6,24 +6,26 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgpack
 
 from protocol.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One line of a dataset. `fields` is the whole line, as the reward sees it."""
+    """One line of a dataset."""
 
     problem_id: str
     prompt: str
-    fields: dict[str, Any]
+    payload: bytes
+    """msgpack of the whole line, as it travels to the reward."""
 
 
 def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
     """All problems of a file. Raises DataError that names file and line for what does not parse, and for ids that repeat."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which also breaks at U+2028 inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     problems: list[Problem] = []
@@ -48,12 +50,18 @@ def _parse(line: str, where: str) -> Problem:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets nested without end
+        raise DataError(f"{where}: cannot be read ({error})") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON {type(fields).__name__}, expected an object with id and prompt")
     for name in ("id", "prompt"):
         if not isinstance(fields.get(name), str) or not fields[name]:
             raise DataError(f"{where}: field {name!r} is {fields.get(name)!r}, expected a text that is not empty")
-    return Problem(fields["id"], fields["prompt"], fields)
+    try:
+        payload: bytes = msgpack.packb(fields)
+    except (OverflowError, ValueError) as error:
+        raise DataError(f"{where}: cannot travel ({error}); write integers beyond 64 bits as text, and no half surrogate pairs") from None
+    return Problem(fields["id"], fields["prompt"], payload)
 
 
 class Order:

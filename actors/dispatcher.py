@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from actors.dataset import Order, Problem, read_problems
@@ -63,11 +62,10 @@ def sample_seed(run_seed: int, group_id: int, index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A problem with its prompt ids and the payload that travels to the reward."""
+    """A problem with its prompt ids."""
 
     problem: Problem
     prompt_ids: Int32Array
-    payload: bytes
 
 
 def prepare(problems: list[Problem], text: Text, data: DataSettings, longest: int) -> tuple[list[Prepared], list[Problem]]:
@@ -76,7 +74,7 @@ def prepare(problems: list[Problem], text: Text, data: DataSettings, longest: in
     fits, skipped = [], []
     for problem, ids in zip(problems, all_ids, strict=True):
         if 0 < len(ids) <= longest:
-            fits.append(Prepared(problem, ids, msgpack.packb(problem.fields)))
+            fits.append(Prepared(problem, ids))
         else:
             skipped.append(problem)
     return fits, skipped
@@ -162,7 +160,7 @@ class Dispatcher:
             top_k=sampling.top_k if purpose == "train" else 0,
             max_tokens=sampling.max_tokens,
             stop_token_ids=self._stop_ids,
-            payload=prepared.payload,
+            payload=prepared.problem.payload,
         )
 
     # ------------------------------------------------------------------------------------------------ news
@@ -268,6 +266,10 @@ class DispatcherProcess:
                 self._finished = True
                 node.finished()
 
+    def close(self) -> None:
+        """Close the ledger."""
+        self._ledger.close()
+
     def _greet(self, link: Link) -> None:
         link.send(Hello(role="dispatcher", index=self._node.spec.index, identity=self._node.identity, epoch=self._node.spec.epoch))
 
@@ -332,4 +334,8 @@ class DispatcherProcess:
 
 def run_dispatcher(node: Node, job: DispatcherJob) -> None:
     """The body of a dispatcher process."""
-    DispatcherProcess(node, job).run()
+    process = DispatcherProcess(node, job)
+    try:
+        process.run()
+    finally:
+        process.close()

@@ -21,7 +21,10 @@ class Text:
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             raise DataError(f"{model_dir}: no tokenizer.json; expected a Hugging Face directory with a fast tokenizer")
-        self._tokenizer: Any = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions for files that it cannot read
+            raise DataError(f"{path}: not a tokenizer ({error})") from None
         self._model_dir = model_dir
 
     def encode_prompts(self, prompts: Sequence[str], template: str, chat: bool) -> list[npt.NDArray[np.int32]]:
@@ -51,9 +54,12 @@ def stop_token_ids(model_dir: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = model_dir / name
         if path.is_file():
-            found = json.loads(path.read_text()).get("eos_token_id")
-            if found is not None:
-                return [int(found)] if isinstance(found, int) else [int(i) for i in found]
+            found = _read_object(path).get("eos_token_id")
+            ids = [found] if isinstance(found, int) else found
+            if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+                return [int(i) for i in ids]
+            if ids is not None:
+                raise DataError(f"{path}: eos_token_id is {found!r}, expected an integer or a list of integers")
     raise DataError(f"{model_dir}: neither generation_config.json nor config.json names an eos_token_id; set sampling.stop_token_ids")
 
 
@@ -62,4 +68,17 @@ def context_length(model_dir: Path) -> int:
     path = model_dir / "config.json"
     if not path.is_file():
         raise DataError(f"{model_dir}: no config.json; expected a Hugging Face model directory")
-    return int(json.loads(path.read_text())["max_position_embeddings"])
+    limit = _read_object(path).get("max_position_embeddings")
+    if not isinstance(limit, int) or limit < 1:
+        raise DataError(f"{path}: max_position_embeddings is {limit!r}, expected the most tokens that the model was built for")
+    return limit
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: a JSON {type(content).__name__}, expected an object")
+    return content

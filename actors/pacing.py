@@ -37,7 +37,8 @@ class Pacer:
     def next_iteration(self) -> int | None:
         """The iteration of the next group to issue; None when pacing holds everything back or all is issued."""
         k = self._first_open
-        return k if k < self.iterations and may_issue(k, self.published, self.max_staleness) else None
+        started = self.published >= 0  # the bound alone would let the first S + 1 iterations begin without any version
+        return k if started and k < self.iterations and may_issue(k, self.published, self.max_staleness) else None
 
     def min_version(self, iteration: int) -> int:
         """The oldest version that may sample a token of `iteration`."""

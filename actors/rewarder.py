@@ -10,6 +10,7 @@ It waits for: completions (generators), credit (learner). It wakes: the learner,
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -85,7 +86,12 @@ class Scorers:
         sample = Sample(problem=problem, completion=self._text.decode(completion.token_ids), truncated=completion.finish_reason != "stop")
         for attempt in range(self._retries + 1):
             try:
-                return self._reward.score(sample)
+                score = self._reward.score(sample)
+                if score.value is not None and not math.isfinite(score.value):
+                    raise ValueError(
+                        f"sample {completion.group_id}/{completion.index}: the reward gave {score.value}, expected a finite score or None"
+                    )
+                return score
             except InfrastructureFault as fault:
                 log.warning("sample %d/%d, try %d of %d: %s", completion.group_id, completion.index, attempt + 1, self._retries + 1, fault)
                 reason = str(fault)

@@ -1,0 +1,31 @@
+"""The smallest configuration that passes every check, and files for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from tests.directories import dataset, problems, tokenizer_directory
+
+
+def minimal(directory: Path) -> dict[str, Any]:
+    """Plain data of a configuration whose model directory and dataset exist under `directory`."""
+    model = tokenizer_directory(directory / "model")
+    save_file({"weight": np.zeros(4, np.float32)}, model / "model.safetensors")
+    return {
+        "iterations": 3,
+        "model": {"path": str(model)},
+        "data": {"train": str(dataset(directory / "train.jsonl", problems(4)))},
+        "sampling": {"groups_per_iteration": 2, "group_size": 2, "max_tokens": 8},
+        "learner": {"optimizer": {"lr": 0.001}},
+    }
+
+
+def write(path: Path, content: Any) -> Path:
+    """As YAML."""
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path

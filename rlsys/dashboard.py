@@ -23,6 +23,8 @@ from protocol.node import Node
 from rlsys.config import RunConfig
 
 SNAPSHOT_S = 0.5
+RATE_WINDOW_S = 5.0
+"""Counters arrive twice a second, so rates over shorter times would jump."""
 
 
 def role_of(identity: str) -> str:
@@ -37,9 +39,7 @@ class Fleets:
         self._gauges: dict[str, dict[str, float]] = {}
         self._busy_s: dict[str, float] = defaultdict(float)
         self._total_s: dict[str, float] = defaultdict(float)
-        self._last: dict[str, float] = {}
-        self._last_s: float | None = None
-        self._rates: dict[str, float] = {}
+        self._history: deque[tuple[float, dict[str, float]]] = deque()
 
     def gauge(self, identity: str, values: dict[str, float]) -> None:
         """The newest numbers of one process."""
@@ -63,22 +63,24 @@ class Fleets:
         return {name: self.sum(name) for name in sorted(names)}
 
     def window(self, now_s: float) -> dict[str, float]:
-        """Rates and idle shares since the last call."""
+        """Rates over RATE_WINDOW_S or the last call, whichever is longer ago; idle shares since the last call."""
         counters = {
             "sampling": self.sum("generator/tokens"),
             "scoring": self.sum("rewarder/scored"),
             "training": self.sum("learner/tokens"),
         }
-        elapsed = now_s - self._last_s if self._last_s is not None else 0.0
+        while len(self._history) > 1 and now_s - self._history[1][0] >= RATE_WINDOW_S:
+            self._history.popleft()
         values = {}
-        if elapsed > 0:
-            values["throughput/sampled_tokens_per_s"] = (counters["sampling"] - self._last["sampling"]) / elapsed
-            values["throughput/scored_samples_per_s"] = (counters["scoring"] - self._last["scoring"]) / elapsed
-            values["throughput/trained_tokens_per_s"] = (counters["training"] - self._last["training"]) / elapsed
+        if self._history and now_s > self._history[0][0]:
+            then_s, then = self._history[0]
+            values["throughput/sampled_tokens_per_s"] = (counters["sampling"] - then["sampling"]) / (now_s - then_s)
+            values["throughput/scored_samples_per_s"] = (counters["scoring"] - then["scoring"]) / (now_s - then_s)
+            values["throughput/trained_tokens_per_s"] = (counters["training"] - then["training"]) / (now_s - then_s)
+        self._history.append((now_s, counters))
         for role, total in self._total_s.items():
             if total > 0:
                 values[f"idle/{role}"] = 1.0 - self._busy_s[role] / total
-        self._last, self._last_s = counters, now_s
         self._busy_s.clear()
         self._total_s.clear()
         return values

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
+RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
 .PHONY: help quickstart test test-slow check bench clean
 help:
 	@echo "make quickstart   set up, then train a tiny code model with the real processes on two CPU cores"
@@ -22,7 +24,8 @@ $(READY): pyproject.toml constraints-cpu.txt
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/rlsys up configs/quickstart.yaml
+	@$(BIN)/rlsys up configs/quickstart.yaml --run-dir $(RUN)
+	@$(BIN)/python -m benchmarks.overlap $(RUN)
 
 test: $(READY)
 	$(BIN)/python -m pytest

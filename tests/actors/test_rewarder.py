@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import Counter
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_a_bug_of_a_reward_ends_the_process_with_its_traceback(ring: Ring, tmp_p
         generator.tell(completion("w1"))
         ring.until(lambda: child.exit_code() is not None, "the process ends")
     finally:
-        child.signal_group(9)
+        child.signal_group(signal.SIGKILL)
     assert child.exit_code() == 1
     ring.until(lambda: ring.control.of(Finished), "it says why")
     assert ring.control.of(Finished)[0].error == "KeyError: 'a field that no problem has'"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,6 +26,8 @@ from actors.sandbox.languages import LANGUAGES, CompileError, Language
 from actors.sandbox.runner import Sandbox
 from protocol.errors import ConfigError, DataError, UnknownName
 from protocol.registry import resolve
+
+T = TypeVar("T")
 
 
 class Options(BaseModel):
@@ -133,10 +135,10 @@ class UnitTests:
     def _call_tests(self, problem: Problem, form: Asserts | Cases) -> tuple[dict[str, Any], int]:
         stop = self._options.score == "sparse"
         if isinstance(form, Cases):
-            cases = sorted(form.cases, key=lambda case: len(repr(case[0])))[-self._options.max_tests :]
+            cases = _longest(form.cases, lambda case: len(repr(case[0])), self._options.max_tests)
             tolerant = problem.checker == "float"
             return {"cases": cases, "function": form.function, "tolerant": tolerant, "stop": stop}, len(cases)
-        chosen = sorted(form.tests, key=len)[-self._options.max_tests :]
+        chosen = _longest(form.tests, len, self._options.max_tests)
         return {"setup": form.setup, "tests": chosen, "remote": form.remote, "stop": stop}, len(chosen)
 
     def _run(self, program: Program, problem: Problem, form: tuple[Test, ...], checker: Checker) -> Score:
@@ -186,6 +188,14 @@ def assemble(source: str, form: Asserts | Cases) -> str:
         return source
     defines = re.search(rf"^(async\s+)?(def|class)\s+{form.continues_prelude}\b|^{form.continues_prelude}\s*=", source, re.MULTILINE)
     return f"{form.prelude}\n{source}" if defines else form.prelude + source
+
+
+def _longest(tests: Sequence[T], length: Callable[[T], int], most: int) -> list[T]:
+    """The `most` longest tests, in the data set's order, for one may build on another."""
+    if len(tests) <= most:
+        return list(tests)
+    kept = sorted(range(len(tests)), key=lambda index: length(tests[index]))[-most:]
+    return [tests[index] for index in sorted(kept)]
 
 
 def _contest(form: Asserts | Cases) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.sandbox import Execution, Limits, wire
 from actors.sandbox.cell import Cell, CellError, memory_file
-from actors.sandbox.execution import Program, Running
+from actors.sandbox.execution import Program, Running, is_suspect
 from actors.sandbox.pool import CellPool
 
 LEAVING_S = 2.0
@@ -36,14 +36,17 @@ def judge_calls(pool: CellPool, candidate: Program, tests: dict[str, Any], limit
     judge = Program(kind=wire.ASSERTS, content=json.dumps(tests).encode())
     with pool.lease(2) as cells:
         try:
-            return _judge_once(cells, candidate, judge, limits)
+            verdicts, execution, suspect = _judge_once(cells, candidate, judge, limits)
+            if not suspect:
+                return verdicts, execution
         except CellError:
             for cell in list(cells):
                 pool.replace(cells, cell)
-        return _judge_once(cells, candidate, judge, limits)
+        return _judge_once(cells, candidate, judge, limits)[:2]
 
 
-def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limits: Limits) -> tuple[list[Verdict], Execution]:
+def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limits: Limits) -> tuple[list[Verdict], Execution, bool]:
+    """The verdicts, the judged side's execution, and whether its end may be the machine's fault."""
     report = memory_file()
     try:
         ours, theirs = socket.socketpair()
@@ -51,20 +54,27 @@ def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limit
             judged = Running(cells[0], candidate, b"", limits, extras=[theirs.fileno()])
             patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
             judging = Running(cells[1], judge, b"", patience, extras=[ours.fileno(), report])
-        execution, judgement = converse(judged, judging, limits)
+        execution, judgement, suspect = converse(judged, judging, limits)
         text = os.pread(report, _LONGEST_REPORT_BYTES, 0)
     finally:
         os.close(report)
     if not text:  # only what the judged side answered can have broken the judge: it is the one part that varies
-        return [(judgement.outcome if judgement.outcome != "ok" else "runtime_error", "its answers could not be judged")], execution
+        return (
+            [(judgement.outcome if judgement.outcome != "ok" else "runtime_error", "its answers could not be judged")],
+            execution,
+            suspect,
+        )
     verdicts = [(str(verdict), str(reason)) for verdict, reason in json.loads(text)]
     if verdicts and verdicts[-1][0] == "gone":
         verdicts[-1] = _why_gone(execution, verdicts[-1][1])
-    return verdicts, execution
+    return verdicts, execution, suspect
 
 
-def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Execution, Execution]:
-    """Wait for both jobs to end; the judged side is ended soon after the judge. Raises CellError when a cell broke."""
+def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Execution, Execution, bool]:
+    """Wait for both jobs to end; the judged side is ended soon after the judge.
+
+    Returns both executions and whether the judged one may have been cut by the machine's fault. Raises CellError when a cell broke.
+    """
     try:
         waiting = [judged, judging]
         while judging in waiting:
@@ -76,8 +86,8 @@ def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Executi
             judged.cell.end_job()
     finally:
         judgement, _ = judging.collect()
-        execution, _ = judged.collect()
-    return execution, judgement
+        execution, report = judged.collect()
+    return execution, judgement, is_suspect(execution, report, limits)
 
 
 def _why_gone(execution: Execution, reason: str) -> Verdict:

@@ -28,7 +28,7 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 MAX_DEPTH = 200
-MAX_ITEMS = 1_000_000
+MAX_ITEMS = 200_000
 """Of a drained iterator, a linked list or a tree: what is longer, or never ends, is opaque."""
 
 

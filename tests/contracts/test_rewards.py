@@ -1,0 +1,97 @@
+"""Every reward of the table keeps the contract of `actors.rewards.Reward`, whatever text a model writes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from actors.rewards import REWARDS, Reward, Sample, Score
+from protocol.errors import ConfigError
+from protocol.registry import resolve
+from tests.actors.processes import descendants, wait_until
+
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+CASES: dict[str, dict[str, Any]] = {
+    "unit_tests": {
+        "options": {"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 1},
+        "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]},
+        "right": f"```python\n{ADD}\n```",
+        "wrong": "```python\nprint(0)\n```",
+    },
+}
+"""A reward without an entry is not tested here and fails `test_every_reward_is_tested`."""
+
+ANYTHING = [
+    "",
+    "```",
+    "```python",
+    "```python\n```",
+    "\0",
+    "\ud800",
+    "x" * 100_000,
+    "```python\n\0\n```",
+    "```python\n\ud800\n```",
+    "{}",
+    "🙂" * 50,
+]
+
+
+def test_every_reward_is_tested() -> None:
+    assert set(CASES) == set(REWARDS)
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def reward(name: str) -> Iterator[Reward]:
+    before = descendants(os.getpid())
+    reward: Reward = resolve(name, REWARDS, "reward")(CASES[name]["options"])
+    try:
+        yield reward
+    finally:
+        reward.close()
+        wait_until(lambda: descendants(os.getpid()) <= before, "every process of the reward ended")
+
+
+def score(reward: Reward, name: str, completion: str) -> Score:
+    return reward.score(Sample(problem=CASES[name]["problem"], completion=completion, truncated=False))
+
+
+def test_right_and_wrong(reward: Reward, name: str) -> None:
+    right, wrong = (score(reward, name, CASES[name][key]) for key in ("right", "wrong"))
+    assert right.passed and right.value == 1.0 and right.status == "accepted"
+    assert not wrong.passed and wrong.value is not None and wrong.value < 1.0 and wrong.status != "accepted"
+
+
+@pytest.mark.parametrize("completion", ANYTHING, ids=range(len(ANYTHING)))
+def test_no_text_makes_it_raise(reward: Reward, name: str, completion: str) -> None:
+    result = score(reward, name, completion)
+    assert not result.passed and result.value == 0.0 and "\n" not in result.detail
+
+
+def test_threads_get_their_own_scores(reward: Reward, name: str) -> None:
+    results: dict[int, bool] = {}
+
+    def work(number: int) -> None:
+        results[number] = all(
+            score(reward, name, CASES[name]["right" if number % 2 else "wrong"]).passed is bool(number % 2) for _ in range(5)
+        )
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == dict.fromkeys(range(4), True)
+
+
+def test_unknown_options_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no_such_option"):
+        resolve(name, REWARDS, "reward")(CASES[name]["options"] | {"no_such_option": 1})

@@ -25,7 +25,7 @@ from actors.rewards import Reward, Sample, Score
 from actors.text import Text
 from protocol.channels import Link
 from protocol.credits import Incoming, Outgoing
-from protocol.errors import InfrastructureFault
+from protocol.errors import DataError, InfrastructureFault
 from protocol.messages import Ack, Completion, Credit, Hello, Trajectory, key_of
 from protocol.node import Node
 
@@ -95,6 +95,9 @@ class Scorers:
             except InfrastructureFault as fault:
                 log.warning("sample %d/%d, try %d of %d: %s", completion.group_id, completion.index, attempt + 1, self._retries + 1, fault)
                 reason = str(fault)
+            except DataError as error:
+                log.warning("sample %d/%d cannot be judged: %s", completion.group_id, completion.index, error)
+                return Score(value=None, status="bad_problem", detail=str(error))
         return Score(value=None, status="failed", detail=reason)
 
 

@@ -51,6 +51,26 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("-n", "--lines", type=int, default=40, help="lines from the end of each log (default 40)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
 
+    grade = _command(
+        commands, "grade", _grade, "score submissions with a reward, isolated as in training: the sandbox as a command of its own"
+    )
+    grade.add_argument(
+        "problems", type=Path, metavar="PROBLEMS", help="JSON lines or a JSON list (.gz too) in any layout that the reward knows"
+    )
+    grade.add_argument("submissions", type=Path, metavar="SUBMISSIONS", help="JSON lines: id of the problem, and the text as `completion`")
+    grade.add_argument(
+        "--reward", default="unit_tests", metavar="NAME", help="a name of actors/rewards, or package.module:Class (default unit_tests)"
+    )
+    grade.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the reward, such as score=soft; repeatable"
+    )
+    grade.add_argument("--jobs", type=int, metavar="N", help="submissions at once (default: one per core)")
+    grade.add_argument("--out", type=Path, metavar="FILE", help="write each submission's verdict as JSON lines")
+    grade.add_argument("--json", action="store_true", help="print summary and verdicts as one JSON object")
+
+    doctor = _command(commands, "doctor", _doctor, "what this machine can do: cores, memory, isolation of model-written code, devices")
+    doctor.add_argument("--json", action="store_true", help="for machines")
+
     process = commands.add_parser("run")  # how the supervisor starts its children; not listed
     process.add_argument("spec")
     process.set_defaults(call=_run)
@@ -107,6 +127,26 @@ def _up(options: argparse.Namespace) -> int:
     from rlsys.commands import up
 
     return up(options.config, options.overrides, options.run_dir, detach=options.detach, plain=options.plain or None, as_json=options.json)
+
+
+def _grade(options: argparse.Namespace) -> int:
+    from rlsys.grade import grade
+
+    return grade(
+        options.problems,
+        options.submissions,
+        reward=options.reward,
+        options=options.option,
+        jobs=options.jobs,
+        as_json=options.json,
+        out=options.out,
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rlsys.doctor import doctor
+
+    return doctor(as_json=options.json)
 
 
 def _status(options: argparse.Namespace) -> int:

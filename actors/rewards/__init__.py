@@ -44,8 +44,8 @@ class Sample:
 class Reward(Protocol):
     """Scores samples. `score` is called from several threads at once.
 
-    It raises InfrastructureFault when our own machinery broke (the sample is scored again, elsewhere if need be); text that a
-    model wrote must never make it raise.
+    It raises InfrastructureFault when our own machinery broke (the sample is scored again) and DataError for a problem that cannot be judged
+    (the run goes on without it and counts it); text that a model wrote must never make it raise.
     """
 
     def score(self, sample: Sample) -> Score:

@@ -249,7 +249,8 @@ def run_learner(transport: Transport, console: Console, journal_dir: str) -> Non
 
 def run_role(role: str) -> None:
     """The body of a child: its order is the first line on stdin; it ends when stdin does."""
-    order = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: the lines after the first are the Console's
+        order = json.loads(stdin.readline())
     keys = Keys(order["public"].encode(), order["secret"].encode()) if order["public"] else None
     transport = Transport(RUN, Path(order["directory"]) if order["directory"] else None, keys=keys)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 from learner.advantages import advantages
 from learner.packing import TrainSample
 from learner.settings import LearnerSettings
+from learner.shaping import shaped_score
 from protocol.errors import StalenessViolation
 from protocol.messages import GroupOutcome, TerminalState, Trajectory, token_versions
 
@@ -89,12 +90,19 @@ class Batcher:
     """Complete groups by iteration, and the decision about each."""
 
     def __init__(
-        self, settings: LearnerSettings, *, groups_per_iteration: int, group_size: int, max_staleness: int, temperature: float
+        self,
+        settings: LearnerSettings,
+        *,
+        groups_per_iteration: int,
+        group_size: int,
+        max_staleness: int,
+        temperature: float,
+        max_tokens: int,
     ) -> None:
         self._settings = settings
         self._groups_per_iteration = groups_per_iteration
         self._min_samples = settings.min_samples if settings.min_samples is not None else max(1, group_size - 1)
-        self._max_staleness, self._temperature = max_staleness, temperature
+        self._max_staleness, self._temperature, self._max_tokens = max_staleness, temperature, max_tokens
         self._groups: dict[int, list[Group]] = {}
 
     def add(self, group: Group) -> None:
@@ -120,7 +128,7 @@ class Batcher:
         scored = group.scored
         if len(scored) < self._min_samples:
             return "failed", f"{len(scored)} of {group.size} samples have a score, at least {self._min_samples} are needed"
-        if self._settings.zero_variance == "drop" and len({t.score for t in scored}) == 1:
+        if self._settings.zero_variance == "drop" and len({self._score(t) for t in scored}) == 1:
             return "filtered", "zero variance"
         if not any(self._mask(t).any() for t in scored):
             return "filtered", "every completion was cut off"
@@ -134,7 +142,7 @@ class Batcher:
     def _samples(self, trajectories: Sequence[Trajectory], iteration: int) -> list[TrainSample]:
         if not trajectories:
             return []
-        scores = [float(t.score) for t in trajectories if t.score is not None]
+        scores = [self._score(t) for t in trajectories]
         values = advantages(self._settings.advantage, self._settings.advantage_options, scores, [t.group_id for t in trajectories])
         return [
             TrainSample(
@@ -146,9 +154,23 @@ class Batcher:
                 loss_mask=self._mask(t),
                 advantage=float(value),
                 temperature=self._temperature,
+                positive=t.passed,
             )
             for t, value in zip(trajectories, values, strict=True)
         ]
+
+    def _score(self, trajectory: Trajectory) -> float:
+        """What advantages are made of: the score of a scored trajectory, weighted and shaped as the settings say."""
+        if trajectory.score is None:
+            raise ValueError(f"sample {trajectory.group_id}/{trajectory.index} has no score")
+        return shaped_score(
+            trajectory.score,
+            trajectory.parts,
+            len(trajectory.token_ids),
+            max_tokens=self._max_tokens,
+            weights=self._settings.reward_weights,
+            penalty_tokens=self._settings.overlong_penalty_tokens,
+        )
 
 
 def outcome(group: Group, iteration: int, state: TerminalState, reason: str) -> GroupOutcome:

@@ -99,9 +99,10 @@ class Intake:
         self._node.wake()
 
     def close(self) -> None:
-        """End the thread, waiting a moment for it."""
+        """End the thread, waiting a moment for it. Nothing happens when it was never started."""
         self._node.stop("closing")
-        self._thread.join(timeout=3.0)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=3.0)
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,13 +39,12 @@ class Publisher:
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
     def publish(self, version: Version, tensors: dict[str, Tensor]) -> WeightsReady:
-        """Make `version` complete on disk and remove what is too old. Raises UserError when the disk is full."""
-        prune(self._root, KEEP - 1)
+        """Make `version` complete on disk, then remove what is too old. Raises UserError when the disk is full, and leaves nothing."""
         try:
             done = publish(self._root, version, str(self._model_dir), lambda directory: self._write(directory, tensors))
-        except OSError as error:
-            free = shutil.disk_usage(self._root).free
-            raise UserError(f"{self._root}: version {version} cannot be written ({error}); {free / 1e6:.0f} MB are free") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._root}: version {version} cannot be written ({error}); {_free(self._root)}") from None
+        prune(self._root, KEEP)
         return announcement(done)
 
     def _write(self, directory: Path, tensors: dict[str, Tensor]) -> None:
@@ -54,16 +54,27 @@ class Publisher:
         return {name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     def export(self, target: Path, tensors: dict[str, Tensor]) -> None:
-        """The policy as a Hugging Face directory: weights, configuration and tokenizer. Written aside, then renamed."""
+        """The policy as a Hugging Face directory: weights, configuration and tokenizer. Written aside, then renamed.
+
+        Raises UserError when the disk is full, and leaves nothing.
+        """
         aside = target.with_name(f".{target.name}.writing")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_shards(aside, self._cast(tensors))
-        for name in CONFIG_FILES:
-            if (self._model_dir / name).is_file():
-                shutil.copy(self._model_dir / name, aside / name)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        try:
+            save_shards(aside, self._cast(tensors))
+            for name in CONFIG_FILES:
+                if (self._model_dir / name).is_file():
+                    shutil.copy(self._model_dir / name, aside / name)
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"{target}: the model cannot be written ({error}); {_free(target.parent)}") from None
+
+
+def _free(directory: Path) -> str:
+    return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free"
 
 
 def split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

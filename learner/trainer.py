@@ -47,6 +47,8 @@ class LearnerJob:
     eval_samples: int
     max_staleness: int
     temperature: float
+    max_tokens: int
+    """Of a completion; where the penalty for length is full."""
     model_dir: Path
     run_dir: Path
     weights_dir: Path
@@ -78,18 +80,24 @@ class Leader:
             group_size=job.group_size,
             max_staleness=job.max_staleness,
             temperature=job.temperature,
+            max_tokens=job.max_tokens,
         )
         assembler = Assembler(job.group_size, job.eval_samples)
         self._journal = Journal(job.run_dir / "journal")
-        self._intake = Intake(node, assembler, batcher, self._journal, Ledger(job.run_dir / "ledger.sqlite"))
-        self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype)
-        self._group = self._gather(job)
-        self._step = Step(job.settings, job.model_dir, self._group)
+        self._ledger = Ledger(job.run_dir / "ledger.sqlite")
+        self._intake = Intake(node, assembler, batcher, self._journal, self._ledger)
         self._tokens = 0.0
         self._failed = False
         self._iterations_done = 0
         node.gauges = self._gauges
         node.progress = lambda: self._intake.received + self._iterations_done
+        try:
+            self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype)
+            self._group = self._gather(job)
+            self._step = Step(job.settings, job.model_dir, self._group)
+        except BaseException:
+            self._close()  # the sockets belong to the intake's thread: it must have ended before the node is closed
+            raise
 
     def _gather(self, job: LearnerJob) -> Group:
         if job.settings.ranks == 1:
@@ -118,9 +126,14 @@ class Leader:
             self._failed = not isinstance(error, RunEnded)
             raise
         finally:
-            self._journal.close()
-            self._intake.close()
+            self._close()
             self._group.close()
+
+    def _close(self) -> None:
+        """End the intake first: what arrives until then is still journaled."""
+        self._intake.close()
+        self._journal.close()
+        self._ledger.close()
 
     def train(self) -> None:
         """The loop of the whole system."""

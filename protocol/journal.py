@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,11 +24,12 @@ SEGMENT_BYTES = 256 << 20
 
 
 class Journal:
-    """Appends records to numbered segment files in `directory`."""
+    """Appends records to numbered segment files in `directory`. Any thread may call it."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._lock = threading.RLock()
         self._fd = -1
         self._size = 0
         self._segment = max((int(path.stem) for path in directory.glob("*.journal")), default=-1)
@@ -37,24 +39,27 @@ class Journal:
         """Write one record; returns (segment, offset after it)."""
         body: bytes = msgpack.packb(list(frames), buf_size=256 + sum(map(len, frames)))
         data = _HEAD.pack(len(body), xxhash.xxh3_64_intdigest(body)) + body
-        if self._size and self._size + len(data) > SEGMENT_BYTES:
-            self._next_segment()
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        self._size += len(data)
-        return self._segment, self._size
+        with self._lock:
+            if self._size and self._size + len(data) > SEGMENT_BYTES:
+                self._next_segment()
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            self._size += len(data)
+            return self._segment, self._size
 
     def sync(self) -> None:
         """Force what was appended to disk."""
-        os.fdatasync(self._fd)
+        with self._lock:
+            os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Sync and close."""
-        if self._fd >= 0:
-            self.sync()
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                self.sync()
+                os.close(self._fd)
+                self._fd = -1
 
     def _next_segment(self) -> None:
         self.close()

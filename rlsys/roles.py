@@ -139,6 +139,7 @@ def _learner(node: Node, config: RunConfig) -> None:
             eval_samples=config.evaluation.samples,
             max_staleness=config.schedule.max_staleness,
             temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_tokens,
             model_dir=config.model.path,
             run_dir=run_dir,
             weights_dir=Path((run_dir / WEIGHTS_DIR).read_text()),

@@ -126,6 +126,10 @@ class Ring:
             self.pump()
             role.thread.join(0.05)
 
+    def stop(self, identity: str) -> None:
+        """Ask a process that is no `Running` to end."""
+        assert self._control.send(identity, Stop(reason="the test is over"))
+
     # ------------------------------------------------------------------------------------------------ its peers
 
     def serve(self, identity: str, channel: str) -> Peer:

@@ -27,11 +27,15 @@ def intake(base: Path) -> WeightsIntake:
 
 
 def published(root: Path, base: Path, number: int, incarnation: int = 0) -> WeightsReady:
-    done = publish(root, Version(number, incarnation), "base", lambda d: shutil.copy(base / "model.safetensors", d))  # type: ignore[arg-type, return-value]
+    done = publish(root, Version(number, incarnation), "base", lambda d: shutil.copy(base / "model.safetensors", d))  # type: ignore[arg-type]
     return WeightsReady(
         number=number, incarnation=incarnation, directory=str(done.directory), manifest_sha256=done.manifest_sha256,
         num_bytes=done.num_bytes, published_s=0.0,
     )  # fmt: skip
+
+
+def pending(intake: WeightsIntake) -> WeightsReady | None:
+    return intake.pending
 
 
 def flip_last_byte(ready: WeightsReady) -> None:
@@ -42,18 +46,18 @@ def flip_last_byte(ready: WeightsReady) -> None:
 
 
 def test_the_newest_announcement_is_loaded_once(intake: WeightsIntake, tmp_path: Path, base: Path) -> None:
-    assert intake.pending is None
+    assert pending(intake) is None
     versions = [published(tmp_path, base, 0), published(tmp_path, base, 1), published(tmp_path, base, 1, 1)]
     for place in (1, 0, 2, 1):
         intake.announce(versions[place])
-    ready = intake.pending
+    ready = pending(intake)
     assert ready is versions[2], "a higher incarnation of the same number is newer"
     loaded = intake.load(ready)
     assert (loaded.generator, loaded.number, loaded.incarnation, loaded.error) == ("generator-0@1", 1, 1, "")
     assert 0 <= loaded.pause_s <= loaded.load_s
-    assert intake.pending is None
+    assert pending(intake) is None
     intake.announce(versions[0])
-    assert intake.pending is None, "an old version is never loaded over a newer one"
+    assert pending(intake) is None, "an old version is never loaded over a newer one"
 
 
 def test_damaged_weights_never_reach_the_engine(intake: WeightsIntake, tmp_path: Path, base: Path) -> None:
@@ -64,9 +68,9 @@ def test_damaged_weights_never_reach_the_engine(intake: WeightsIntake, tmp_path:
     intake.announce(broken)
     refused = intake.load(broken)
     assert "model.safetensors: differs from its manifest in model." in refused.error
-    assert intake.pending is None, "it is not tried again"
+    assert pending(intake) is None, "it is not tried again"
     intake.announce(third)
-    assert intake.pending is third
+    assert pending(intake) is third
     assert intake.load(third).error == ""
 
 
@@ -79,4 +83,4 @@ def test_a_version_that_is_gone_or_does_not_fit_is_an_error_not_a_crash(intake: 
     foreign = published(tmp_path, larger, 1)
     intake.announce(foreign)
     assert intake.load(foreign).error
-    assert intake.pending is None
+    assert pending(intake) is None

@@ -6,7 +6,6 @@ It is trained in a child process, so that the caller stays small and never impor
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,28 +20,25 @@ from rlsys.quickstart.cache import ensure_entry, fingerprint
 
 _SOURCES = (
     "learner/sft.py",
-    "rlsys/quickstart/base_model.py",
     "rlsys/quickstart/operations.py",
     "rlsys/quickstart/tasks.py",
     "rlsys/quickstart/tokenizer.py",
     "rlsys/quickstart/warm_start.py",
 )
 _DEADLINE_S = 3600.0
-"""The warm start takes about two minutes of two free cores; this bounds a machine that is very busy or stuck."""
-_SPIN_COUNT = "10000"
-"""How long torch's threads spin at a barrier (libgomp): by default for milliseconds, which on a busy machine takes the very core that the
-thread waited for is to run on. Measured on two cores shared with other work: 597 s with the default."""
+"""The warm start takes about two minutes of one free core; this bounds a machine that is very busy or stuck."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How long the warm start is. It sets the ceiling: with half of these steps, reinforcement learning ends ten points lower."""
+    """How the warm start runs. Its length sets the ceiling of what reinforcement learning reaches afterwards."""
 
     steps: int = 1275
     batch_size: int = 16
     seed: int = 0
-    threads: int = 2
-    """Part of the recipe because sums in another order give other bits. A machine with fewer cores uses what it has."""
+    threads: int = 1
+    """Part of the recipe because sums in another order give other bits. Two are 1.4 times as fast on idle cores, but the steps are short
+    and full of barriers: where other work takes turns on the cores, two threads were measured 4 to 20 times slower than one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +53,7 @@ class BaseModel:
 
 
 def ensure_base_model(progress: Callable[[str], None] | None = None, recipe: Recipe | None = None) -> BaseModel:
-    """The base model of the recipe, from the cache or else trained now: about two minutes on two cores, with news to `progress`.
+    """The base model of the recipe, from the cache or else trained now: about two minutes on one core, with news to `progress`.
 
     Raises DataError when the cache cannot be written, RlsysError with the child's last words when training fails, DeadlineExceeded
     when it takes more than an hour.
@@ -78,11 +74,10 @@ def ensure_base_model(progress: Callable[[str], None] | None = None, recipe: Rec
 def _train(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> None:
     """Run `warm_start` in a child, pass its lines on, and end it whatever happens."""
     command = [sys.executable, "-P", "-m", "rlsys.quickstart.warm_start", str(directory), json.dumps(asdict(recipe))]
-    environment = {**os.environ, "GOMP_SPINCOUNT": _SPIN_COUNT}
     expired = threading.Event()
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
     ):
 
         def expire() -> None:

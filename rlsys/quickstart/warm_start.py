@@ -6,7 +6,6 @@ Run by `base_model` as a child: `python -m rlsys.quickstart.warm_start DIRECTORY
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -40,7 +39,7 @@ def build(directory: Path, recipe: Recipe, progress: Callable[[str], None]) -> N
     ]
     batches = list(batches_of_similar_length(examples, recipe.batch_size, _POOL, random.Random(recipe.seed)))
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(recipe.threads, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(recipe.threads)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)

@@ -35,7 +35,7 @@ from rlsys.quickstart.tokenizer import (
 )
 from rlsys.quickstart.warm_start import build
 
-SMALL = Recipe(steps=40, batch_size=8, threads=1)
+SMALL = Recipe(steps=40, batch_size=8)
 
 
 @pytest.fixture

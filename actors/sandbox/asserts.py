@@ -23,6 +23,7 @@ from actors.sandbox import values
 from actors.sandbox.channel import Channel
 
 _FLOAT_TOLERANCE = 1e-6
+_leave = os._exit
 
 
 class Gone(BaseException):
@@ -185,7 +186,7 @@ def run(source: bytes) -> NoReturn:
         verdicts.append(_verdict_of(error))
     with os.fdopen(4, "wb") as out:
         out.write(values.to_json(verdicts))
-    os._exit(0)
+    _leave(0)
 
 
 def _tests(task: dict[str, Any], remote: Remote) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from actors.sandbox import values
 from actors.sandbox.channel import Channel
 
+_leave = os._exit  # judged code may replace the attribute
 _CONTEST_MODULES = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
     *("itertools", "functools", "operator", "builtins", "typing"),
@@ -108,4 +109,4 @@ def run(source: bytes, names: dict[str, object]) -> NoReturn:
     sys.modules["solution"] = module
     exec(compile(source, "solution.py", "exec", dont_inherit=True), vars(module))
     Server(module, Channel(3)).serve()
-    os._exit(0)
+    _leave(0)

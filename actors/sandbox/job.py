@@ -26,11 +26,13 @@ from actors.sandbox.linux import SeccompFilter
 
 _RESERVE_BYTES = 64 << 20  # address space of the zygote and of shared libraries, on top of what the program may use
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
+_leave = os._exit  # a program may replace the attribute
 RANDOM_SEED = 0  # every run starts with the same random state and string hashes, so that a verdict can be had again
 SERIES_SLICE_S = 0.05
 """A series starts no further run after so much processor time: what is slow is worth a process of its own, on any idle cell."""
 CONTEST_NAMES: dict[str, object] = {}
 """Filled by the zygote when it is warm."""
+_main_names: dict[str, object] = {}
 _RECURSION_LIMIT = 1000  # the interpreter's default
 _STAGE = 100  # where the descriptors of a job are parked if one stands where another belongs
 
@@ -62,7 +64,7 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
     except BaseException as error:
         started[0] = 0
         os.write(2, repr(error).encode())
-        os._exit(1)
+        _leave(1)
     started.close()
     if job.kind == wire.PYTHON:
         run_python(source)
@@ -70,15 +72,15 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         run_series(source, (len(kept) - 2) // 2)
     try:
         if job.kind == wire.COMPILER:
-            os._exit(_compile(job.arguments, tmp))
+            _leave(_compile(job.arguments, tmp))
         if job.kind == wire.ASSERTS:
             asserts.run(source)
         calls.run(source, CONTEST_NAMES if job.arguments else {})
     except SystemExit as stop:
-        os._exit(_finish(_exit_code(stop)))
+        _leave(_finish(_exit_code(stop)))
     except BaseException:
         _print_traceback()
-        os._exit(_finish(1))
+        _leave(_finish(1))
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -125,7 +127,7 @@ def run_python(source: bytes) -> NoReturn:
         _print_traceback()
     else:
         code = _run_as_main(compiled)
-    os._exit(_finish(code))
+    _leave(_finish(code))
 
 
 def run_series(source: bytes, num_inputs: int) -> NoReturn:
@@ -139,7 +141,7 @@ def run_series(source: bytes, num_inputs: int) -> NoReturn:
         compiled = compile(source, "solution.py", "exec", dont_inherit=True)
     except BaseException:
         _print_traceback()
-        os._exit(_finish(1))
+        _leave(_finish(1))
     for number in range(num_inputs):
         if number:
             os.dup2(2 + 2 * number, 0)
@@ -154,14 +156,14 @@ def run_series(source: bytes, num_inputs: int) -> NoReturn:
         elif not _flush():
             code = 1
         if code:
-            os._exit(code)
+            _leave(code)
         try:
             os.write(3, b".")
         except OSError:  # the program closed it: this run ended well, and there will be no further one
             break
         if leaves_something or time.process_time() > SERIES_SLICE_S:
             break
-    os._exit(0)
+    _leave(0)
 
 
 def _compile(command: tuple[str, ...], tmp: str) -> int:
@@ -178,11 +180,13 @@ def _compile(command: tuple[str, ...], tmp: str) -> int:
 
 def _run_as_main(compiled: types.CodeType) -> int:
     """Execute a module body as __main__; returns the exit code."""
+    global _main_names
     module = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = builtins
+    _main_names = vars(module)
+    _main_names["__builtins__"] = builtins
     sys.modules["__main__"] = module
     try:
-        exec(compiled, module.__dict__)
+        exec(compiled, _main_names)
     except SystemExit as stop:
         return _exit_code(stop)
     except BaseException:
@@ -208,7 +212,7 @@ def _flush() -> bool:
         original = sys.__stdout__
         if original is not None and original is not sys.stdout and not original.closed:
             original.flush()
-        vars(sys.modules["__main__"]).clear()
+        _main_names.clear()
         gc.collect()
     except BaseException:
         return False

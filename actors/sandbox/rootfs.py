@@ -12,8 +12,8 @@ from pathlib import Path
 
 from actors.sandbox import linux
 
-SYSTEM_TREES = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/etc/ld.so.cache")
-"""What programs and compilers need: libraries, headers, tools and three devices."""
+SYSTEM_TREES = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/dev/null", "/dev/urandom", "/etc/ld.so.cache")
+"""What programs and compilers need: libraries, headers, tools and two devices."""
 
 _SCAFFOLD = "/tmp"  # covered by the new root while it is built, in the cell's own mount namespace only
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,15 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.engines import ENGINES
 from actors.rewards import REWARDS
+from protocol.errors import UnknownName
 from protocol.registry import check_name
 
 Positive = Annotated[int, Field(ge=1)]
 
 
+def _known(name: str, table: Mapping[str, str], what: str) -> None:
+    """As ValueError, which pydantic puts into a sentence with the key's path."""
+    try:
+        check_name(name, table, what)
+    except UnknownName as error:
+        raise ValueError(str(error)) from None
+
+
 class Settings(BaseModel):
     """Unknown keys are refused; values are not changed after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(Settings):
@@ -42,8 +52,8 @@ class SamplingSettings(Settings):
     groups_per_iteration: Positive = Field(128, description="prompts per iteration")
     group_size: Positive = Field(8, description="completions per prompt")
     temperature: float = Field(1.0, ge=0.0, description="0 is greedy; the learner uses the same temperature")
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0, description="0 is off")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="draw from the likeliest tokens that hold this much probability; 1 is off")
+    top_k: int = Field(0, ge=0, description="draw from so many of the likeliest tokens; 0 is off")
     max_tokens: Positive = Field(description="longest completion, in tokens")
     max_prompt_tokens: Positive | None = Field(None, description="longer prompts are skipped and counted; default: what the context leaves")
     stop_token_ids: list[int] | None = Field(None, description="default: the model's own end-of-sequence tokens")
@@ -57,8 +67,8 @@ class EvaluationSettings(Settings):
     every: int = Field(0, ge=0, description="also after every so many iterations, beside training; 0 is never")
     problems: Positive | None = Field(None, description="use the first so many held-out problems; default: all")
     samples: Positive = Field(8, description="completions per held-out problem")
-    temperature: float = Field(1.0, ge=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    temperature: float = Field(1.0, ge=0.0, description="of held-out completions; 0 is greedy")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="of held-out completions; 1 is off")
 
 
 class GeneratorSettings(Settings):
@@ -74,7 +84,7 @@ class GeneratorSettings(Settings):
 
     @model_validator(mode="after")
     def _engine_is_known(self) -> GeneratorSettings:
-        check_name(self.engine, ENGINES, "engine")
+        _known(self.engine, ENGINES, "engine")
         return self
 
 
@@ -89,7 +99,7 @@ class RewarderSettings(Settings):
 
     @model_validator(mode="after")
     def _reward_is_known(self) -> RewarderSettings:
-        check_name(self.reward, REWARDS, "reward")
+        _known(self.reward, REWARDS, "reward")
         return self
 
 

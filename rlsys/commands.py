@@ -13,7 +13,7 @@ from pathlib import Path
 from protocol.errors import ConfigError, UserError
 from rlsys.config import RunConfig, load_config
 from rlsys.prepare import check_builtin, check_files, prepare, uses_builtin
-from rlsys.rundir import RunDir, default_run_dir, holder, read_json
+from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, read_json
 from rlsys.topology import describe
 
 
@@ -51,6 +51,7 @@ def up(path: Path, overrides: Sequence[str], run_dir: Path | None, *, detach: bo
     prepared = prepare(config, say)
     config = prepared.config
     directory = RunDir(run_dir or default_run_dir(config))
+    check_room(choose_weights_dir(config, directory.path, "0" * 16), config)
     if detach:
         return _detached(config, directory)
     directory.claim(config)
@@ -88,7 +89,10 @@ def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_j
 
 def _detached(config: RunConfig, directory: RunDir) -> int:
     """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
-    directory.path.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run directory {directory.path}: cannot be made ({error.strerror})") from None
     if holder(directory.path) is not None or (directory.path / "config.yaml").exists():
         raise ConfigError(f"run directory {directory.path} is in use or already holds a run; choose another --run-dir")
     log = directory.path / "supervisor.log"

@@ -5,8 +5,10 @@ Every key stands beside its owner: actors/settings.py, learner/settings.py, and 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -71,17 +73,17 @@ class RunConfig(Settings):
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,60}$", description="part of the run directory's name")
     seed: int = Field(0, ge=0, description="of sampling and of the order of problems")
     iterations: Positive = Field(description="batches to train on; each publishes one version")
-    model: ModelSettings
-    data: DataSettings
-    sampling: SamplingSettings
-    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
-    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
-    generators: GeneratorSettings = Field(default_factory=GeneratorSettings)
-    rewarders: RewarderSettings = Field(default_factory=RewarderSettings)
-    learner: LearnerSettings = Field(default_factory=LearnerSettings)
-    weights: WeightsSettings = Field(default_factory=WeightsSettings)
-    transport: TransportSettings = Field(default_factory=TransportSettings)
-    deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings)
+    model: ModelSettings = Field(description="the policy to train")
+    data: DataSettings = Field(description="the problems")
+    sampling: SamplingSettings = Field(description="how completions are drawn, and how many")
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="how far sampling may run ahead of training")
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="held-out pass@1")
+    generators: GeneratorSettings = Field(default_factory=GeneratorSettings, description="the sampling fleet")
+    rewarders: RewarderSettings = Field(default_factory=RewarderSettings, description="the scoring fleet")
+    learner: LearnerSettings = Field(default_factory=LearnerSettings, description="how a batch becomes an update")
+    weights: WeightsSettings = Field(default_factory=WeightsSettings, description="published versions")
+    transport: TransportSettings = Field(default_factory=TransportSettings, description="how processes reach each other")
+    deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings, description="what may take how long")
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -99,6 +101,15 @@ class RunConfig(Settings):
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike, so nothing can be learned from them")
         if sampling.group_size < 2 and self.learner.advantage == "grpo":
             raise ValueError("sampling.group_size is 1: group-relative advantages need at least 2 samples of a prompt")
+        if sampling.group_size < 2 and self.learner.zero_variance == "drop":
+            raise ValueError(
+                "sampling.group_size is 1: every group has one score, so learner.zero_variance 'drop' leaves nothing to train on"
+            )
+        weights = self.learner.reward_weights
+        if weights is not None and list(weights) != [self.rewarders.reward]:
+            raise ValueError(
+                f"learner.reward_weights names {', '.join(weights) or 'nothing'}, but scores have the part {self.rewarders.reward}"
+            )
         minimum = self.learner.min_samples
         if minimum is not None and minimum > sampling.group_size:
             raise ValueError(f"learner.min_samples is {minimum}, more than the sampling.group_size of {sampling.group_size}")
@@ -129,6 +140,9 @@ def parse_config(content: Mapping[str, Any], source: str, base: Path | None = No
     return config
 
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
 def _set(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -137,33 +151,34 @@ def _set(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value is not YAML") from None
-    if isinstance(value, str):  # YAML 1.1 takes 1e-6 for text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 takes 1e-6 for text
+        value = float(value)
     place = content
     *parents, last = key.split(".")
     for parent in parents:
-        child = place.setdefault(parent, {})
+        if place.get(parent) is None:  # not there, or there without a value
+            place[parent] = {}
+        child = place[parent]
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {parent} is {child!r}, not a group of keys")
         place = child
     place[last] = value
 
 
-_PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"))
+_PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"), ("learner", "kl", "reference"))
 
 
 def _absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Paths with ~ and $VARIABLES expanded, relative ones counted from the configuration file."""
-    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
-    for group, key in _PATHS:
-        section = copy.get(group)
+    changed: dict[str, Any] = copy.deepcopy(dict(content))
+    for *groups, key in _PATHS:
+        section: Any = changed
+        for group in groups:
+            section = section.get(group) if isinstance(section, dict) else None
         value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and not value.startswith(BUILTIN):
+        if isinstance(value, str) and not value.startswith(BUILTIN):
             section[key] = str((base / Path(os.path.expandvars(value)).expanduser()).resolve())
-    return copy
+    return changed
 
 
 def _explain(fault: Any) -> str:

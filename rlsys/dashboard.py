@@ -163,7 +163,7 @@ class Dashboard:
 
     def _file(self, name: str) -> TextIO:
         if name not in self._files:
-            self._files[name] = (self._events_dir / f"{name}.jsonl").open("a")
+            self._files[name] = (self._events_dir / f"{name}.jsonl").open("a", buffering=1)
         return self._files[name]
 
     def _iteration(self, message: Metrics) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from protocol.intervals import is_waiting
 
@@ -45,13 +46,18 @@ def intersection(a: Iterable[Interval], b: Iterable[Interval]) -> list[Interval]
     return common
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON lines file, without a last line that its writer did not live to finish."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
 def read_intervals(run_dir: Path, name: str) -> list[tuple[str, float, float]]:
     """(activity, start, end) in seconds of one process, such as "learner-0"."""
     path = run_dir / "events" / f"{name}.jsonl"
     rows: list[tuple[str, float, float]] = []
     if path.is_file():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_lines(path):
             names, offset = record["names"], record["offset_s"]
             rows += [(names[n], offset + a / 1e6, offset + b / 1e6) for n, a, b in record["rows"]]
     return rows
@@ -67,7 +73,7 @@ def overlap(run_dir: Path) -> float | None:
     decoding: list[Interval] = []
     for path in sorted((run_dir / "events").glob("generator-*.jsonl")):
         decoding += [(a, b) for name, a, b in read_intervals(run_dir, path.stem) if name in DECODING]
-    return length(intersection(busy, decoding)) / length(busy)
+    return length(intersection(busy, decoding)) / length(busy) if length(busy) else None
 
 
 def idle_share(run_dir: Path, name: str) -> float | None:

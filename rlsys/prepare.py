@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from actors.dataset import read_problems
-from actors.text import context_length
+from actors.dataset import Problem, read_problems
+from actors.text import Text, context_length, stop_token_ids
 from protocol.errors import ConfigError, DataError
 from rlsys.config import BUILTIN, RunConfig
 
 QUICKSTART = "builtin:quickstart"
+PROMPTS_AT_ONCE = 64
+"""Encoded together when a prompt is looked for that fits; the first ones nearly always do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,31 @@ def check_files(config: RunConfig) -> None:
         raise ConfigError(
             f"sampling.max_tokens is {config.sampling.max_tokens}, which leaves no room for a prompt in the model's {limit} tokens"
         )
-    for path in (config.data.train, config.data.eval):
-        if path is not None:
-            read_problems(path)
+    text = Text(model)
+    if config.sampling.stop_token_ids is None:
+        stop_token_ids(model)
+    reference = config.learner.kl.reference
+    if reference is not None and config.learner.kl.coefficient > 0 and not Path(reference).is_dir():
+        raise DataError(f"learner.kl.reference is {reference}: no such directory; expected a Hugging Face model directory")
+    train = read_problems(config.data.train)
+    if config.data.eval is not None:
+        read_problems(config.data.eval)
+    if not config.data.chat:  # a chat template needs a heavy library: there the dispatcher finds out
+        _check_prompts(config, text, train, limit)
+
+
+def _check_prompts(config: RunConfig, text: Text, problems: list[Problem], limit: int) -> None:
+    """Raise DataError when no training prompt leaves room for a completion. Ends at the first one that does."""
+    sampling = config.sampling
+    longest = min(limit, config.model.max_context or limit) - sampling.max_tokens
+    longest = min(longest, sampling.max_prompt_tokens or longest)
+    for start in range(0, len(problems), PROMPTS_AT_ONCE):
+        prompts = [problem.prompt for problem in problems[start : start + PROMPTS_AT_ONCE]]
+        if any(0 < len(ids) <= longest for ids in text.encode_prompts(prompts, config.data.prompt_template, chat=False)):
+            return
+    raise DataError(
+        f"{config.data.train}: every prompt is longer than {longest} tokens, which is what context and sampling.max_tokens leave for it"
+    )
 
 
 def _make_quickstart(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, bool]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from protocol.messages import Event
@@ -20,9 +22,9 @@ SPARK = "▁▂▃▄▅▆▇█"
 
 def sparkline(values: list[float], width: int = 32) -> str:
     """The last values as bars between 0 and the largest."""
-    recent = [v for v in values[-width:] if v == v]
+    recent = [v for v in values[-width:] if math.isfinite(v)]
     top = max([*recent, 1e-9])
-    return "".join(SPARK[min(len(SPARK) - 1, int(v / top * (len(SPARK) - 1) + 0.5))] for v in recent)
+    return "".join(SPARK[max(0, int(v / top * (len(SPARK) - 1) + 0.5))] for v in recent)
 
 
 def time_left(view: View) -> str:
@@ -104,7 +106,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays, with the time since the start."""
-        self._console.print(f"[dim]{duration(time.time() - self._view.started_s):>7}[/dim]  {_escape(line)}")
+        self._console.print(f"[dim]{duration(time.time() - self._view.started_s):>7}[/dim]  {escape(line)}")
 
     def tick(self) -> None:
         """Refresh if it is time."""
@@ -122,7 +124,7 @@ class Progress:
     def _panel(self) -> Table:
         view = self._view
         table = Table.grid(padding=(0, 1))
-        table.add_row("", _escape(summary(view)))
+        table.add_row("", escape(summary(view)))
         snapshot: dict[str, Any] = view.snapshot
         if snapshot.get("rewards"):
             table.add_row("reward", sparkline(snapshot["rewards"]))
@@ -138,11 +140,7 @@ class Progress:
             if beat is None:
                 table.add_row("", f"[dim]{process.child.spec.name} starts[/dim]")
             elif beat.peer:
-                table.add_row("", f"[dim]{_escape(in_words(beat))}[/dim]")
+                table.add_row("", f"[dim]{escape(in_words(beat))}[/dim]")
             else:
-                table.add_row("", f"{process.child.spec.name}: {_escape(beat.doing)}")
+                table.add_row("", f"{process.child.spec.name}: {escape(beat.doing)}")
         return table
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")

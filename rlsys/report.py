@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from rlsys.overlap import overlap
+from rlsys.overlap import overlap, read_lines
 from rlsys.rundir import read_json
 
 
 def read_iterations(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl that belong to an iteration of training, in order."""
     path = run_dir / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    records = read_lines(path) if path.is_file() else []
     return [record for record in records if "reward/mean" in record]
 
 

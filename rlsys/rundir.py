@@ -15,6 +15,8 @@ from protocol.errors import ConfigError
 from rlsys.config import RunConfig, dump_config
 
 SHM = Path("/dev/shm")
+PROBE_S = 0.2
+"""How long a claim goes on trying: `holder` of another process has the lock for a moment when it looks who holds it."""
 
 
 class RunDir:
@@ -26,23 +28,35 @@ class RunDir:
         self._lock_fd = -1
 
     def claim(self, config: RunConfig) -> None:
-        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use or holds a run."""
+        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use, holds a run, or cannot be written."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock()
+            if (self.path / "config.yaml").exists():
+                raise ConfigError(f"run directory {self.path} already holds a run; choose another --run-dir")
+            os.ftruncate(self._lock_fd, 0)
+            os.write(self._lock_fd, str(os.getpid()).encode())
+            write_atomically(self.path / "config.yaml", dump_config(config))
         except OSError as error:
+            self.release()
             raise ConfigError(f"run directory {self.path}: cannot be made ({error.strerror})") from None
-        self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"run directory {self.path} is in use by process {holder(self.path) or '?'}; choose another --run-dir"
-            ) from None
-        if (self.path / "config.yaml").exists():
-            raise ConfigError(f"run directory {self.path} already holds a run; choose another --run-dir")
-        os.ftruncate(self._lock_fd, 0)
-        os.write(self._lock_fd, str(os.getpid()).encode())
-        write_atomically(self.path / "config.yaml", dump_config(config))
+        except BaseException:
+            self.release()
+            raise
+
+    def _lock(self) -> None:
+        deadline = time.monotonic() + PROBE_S
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"run directory {self.path} is in use by process {holder(self.path) or '?'}; choose another --run-dir"
+                    ) from None
+                time.sleep(0.01)
 
     def release(self) -> None:
         """Give the lock back."""

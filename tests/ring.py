@@ -147,7 +147,8 @@ class Ring:
         """A peer that connects to the role `to` on `channel`."""
         assert CHANNELS[channel].binder == to.partition("-")[0]
         peer = Peer(Link(self._transport, channel, identity, self._known[to].addresses[channel], to))
-        self._add(peer)
+        if not peer.end.spec.one_way:  # nothing ever comes back on such a channel
+            self._add(peer)
         return peer
 
     def leave(self, peer: Peer, identity: str) -> None:

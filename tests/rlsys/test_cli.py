@@ -1,0 +1,203 @@
+"""The command line from outside: help, what it imports, and bad input, which ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.cli import build_parser, main
+from rlsys.config import parse_config
+from rlsys.rundir import RunDir
+from tests.configuration import minimal, write
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("up", "check", "status", "down", "logs", "grade", "doctor")
+HEAVY = ("torch", "transformers", "ray", "tensorboard", "sglang", "zmq")
+
+
+def rlsys(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=60, check=False, cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith(f"usage: rlsys {command}")
+    description = text.split("\n\n")[1]
+    assert description[0].isupper()
+    assert description.strip().endswith(".")
+
+
+def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    listed = [
+        line.split()[0] for line in capsys.readouterr().out.split("commands:")[1].splitlines() if line.startswith("    ") and line[4] != " "
+    ]
+    assert [name for name in listed if name != "COMMAND"] == list(COMMANDS), "a new command needs a line in COMMANDS, and a test"
+    assert build_parser().prog == "rlsys"
+
+
+def test_checking_every_shipped_configuration_needs_no_heavy_library() -> None:
+    configs = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
+    probe = f"import sys; from rlsys.cli import main; code = main(['check', *{configs!r}]); print('HEAVY', *sorted(set(sys.modules) & set({HEAVY!r}))); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
+    assert done.stdout.count(": ok") == len(configs) > 0
+
+
+def test_a_configuration_with_its_own_files_is_checked_without_heavy_libraries(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", minimal(tmp_path))
+    probe = f"import sys; from rlsys.cli import main; main(['check', {str(path)!r}]); print('HEAVY', *sorted(set(sys.modules) & set({HEAVY!r})))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.stderr == ""
+    assert f"{path}: ok" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
+
+
+def without_model(content: dict[str, Any], tmp_path: Path) -> None:
+    content["model"] = {"path": str(tmp_path / "nowhere")}
+
+
+def without_weights(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model" / "model.safetensors").unlink()
+
+
+def without_tokenizer(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model" / "tokenizer.json").unlink()
+
+
+def with_a_broken_line(content: dict[str, Any], tmp_path: Path) -> None:
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"id": "x"\n')
+
+
+def with_prompts_too_long(content: dict[str, Any], tmp_path: Path) -> None:
+    content["model"]["max_context"] = 9
+
+
+def with_a_context_too_large(content: dict[str, Any], tmp_path: Path) -> None:
+    content["model"]["max_context"] = 65
+
+
+def with_completions_too_long(content: dict[str, Any], tmp_path: Path) -> None:
+    content["sampling"]["max_tokens"] = 64
+
+
+def with_a_typo(content: dict[str, Any], tmp_path: Path) -> None:
+    content["smapling"] = {}
+
+
+def with_an_unknown_builtin(content: dict[str, Any], tmp_path: Path) -> None:
+    content["data"]["train"] = "builtin:slowstart"
+
+
+def with_a_missing_reference(content: dict[str, Any], tmp_path: Path) -> None:
+    content["learner"]["kl"] = {"coefficient": 0.1, "reference": str(tmp_path / "nobody")}
+
+
+BAD: list[tuple[Callable[[dict[str, Any], Path], None], str]] = [
+    (without_model, "model.path is {dir}/nowhere: no such directory; expected a Hugging Face model directory"),
+    (without_weights, "model.path is {dir}/model: holds no *.safetensors weights"),
+    (without_tokenizer, "{dir}/model: no tokenizer.json"),
+    (with_a_broken_line, "{dir}/train.jsonl, line 5: not JSON"),
+    (with_prompts_too_long, "{dir}/train.jsonl: every prompt is longer than 1 tokens"),
+    (with_a_context_too_large, "model.max_context is 65, but the model in {dir}/model was built for 64 tokens"),
+    (with_completions_too_long, "sampling.max_tokens is 64, which leaves no room for a prompt in the model's 64 tokens"),
+    (with_a_typo, "{dir}/run.yaml: unknown key smapling; did you mean sampling?"),
+    (with_an_unknown_builtin, "data.train is builtin:slowstart: the only built-in is builtin:quickstart"),
+    (with_a_missing_reference, "learner.kl.reference is {dir}/nobody: no such directory"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), BAD)
+@pytest.mark.parametrize("command", ["check", "up"])
+def test_bad_input_is_one_line_and_nothing_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, spoil: Callable[[dict[str, Any], Path], None], sentence: str
+) -> None:
+    content = minimal(tmp_path)
+    spoil(content, tmp_path)
+    path = write(tmp_path / "run.yaml", content)
+    run_dir = tmp_path / "run"
+    code = main([command, str(path), *(["--run-dir", str(run_dir)] if command == "up" else [])])
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.err.startswith("rlsys: " + sentence.format(dir=tmp_path))
+    assert output.err.count("\n") == 1
+    assert not run_dir.exists()
+
+
+def test_no_room_for_weights_is_found_before_the_run_directory_is_claimed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlsys.rundir.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    path = write(tmp_path / "run.yaml", minimal(tmp_path))
+    assert main(["up", str(path), "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "three versions of the model need" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_a_run_directory_in_use_or_already_used_is_refused(tmp_path: Path, detach: list[str]) -> None:
+    content = minimal(tmp_path)
+    path, run_dir = write(tmp_path / "run.yaml", content), tmp_path / "run"
+    directory = RunDir(run_dir)
+    directory.claim(parse_config(content, "test"))
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+    try:
+        done = rlsys("up", str(path), "--run-dir", str(run_dir), *detach)
+    finally:
+        directory.release()
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"rlsys: run directory {run_dir} is in use")
+    assert line.endswith("choose another --run-dir")
+    again = rlsys("up", str(path), "--run-dir", str(run_dir), *detach)
+    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
+    assert "already holds a run; choose another --run-dir" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")} == before, "nothing in it was touched"
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path: Path, detach: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "run.yaml", minimal(tmp_path))
+    (tmp_path / "file").touch()
+    assert main(["up", str(path), "--run-dir", str(tmp_path / "file" / "run"), *detach]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be made (Not a directory)" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["status", "down", "logs"])
+def test_a_directory_without_a_run_is_one_line(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rlsys: {tmp_path}: ")
+    assert error.count("\n") == 1
+
+
+def test_check_goes_on_after_a_fault_and_prints_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = minimal(tmp_path)
+    good, bad = write(tmp_path / "good.yaml", content), write(tmp_path / "bad.yaml", {**content, "iterations": 0})
+    assert main(["check", str(bad), str(good), "--set", "generators.count=2"]) == 2
+    output = capsys.readouterr()
+    assert f"{good}: ok" in output.out
+    assert "generators  2 x embedded" in output.out
+    assert f"rlsys: {bad}: iterations is 0" in output.err

@@ -1,0 +1,106 @@
+"""The dashboard's real loop: what is sent to it stands in the files that people and tools read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from protocol.messages import Event, Intervals, Metrics, Snapshot
+from rlsys.config import parse_config
+from rlsys.dashboard import RATE_WINDOW_S, Dashboard, Fleets, role_of
+from rlsys.overlap import idle_share, read_intervals
+from rlsys.report import read_iterations
+from tests.configuration import minimal
+from tests.ring import Ring
+
+DASHBOARD = "dashboard-0@1"
+
+
+def metrics(identity: str, iteration: int, time_s: float = 0.0, **values: float) -> Metrics:
+    return Metrics(identity=identity, iteration=iteration, time_s=time_s, values={k.replace("__", "/"): v for k, v in values.items()})
+
+
+def intervals(identity: str, *rows: tuple[str, float, float]) -> Intervals:
+    names = sorted({name for name, *_ in rows})
+    table = np.array([(names.index(name), start * 1e6, end * 1e6) for name, start, end in rows], np.int64)
+    return Intervals(identity=identity, names=names, rows=table, offset_s=1000.0)
+
+
+def test_counters_become_rates_and_waits_become_idle_shares() -> None:
+    fleets = Fleets()
+    fleets.gauge("generator-0@1", {"generator/tokens": 100.0})
+    fleets.gauge("generator-1@1", {"generator/tokens": 50.0, "generator/running": 2.0})
+    assert "throughput/sampled_tokens_per_s" not in fleets.window(10.0), "one moment has no rate"
+    fleets.gauge("generator-0@1", {"generator/tokens": 400.0, "generator/running": 3.0})
+    fleets.intervals(intervals("generator-0@1", ("decode", 0, 3), ("waiting:tasks", 3, 4)))
+    fleets.intervals(intervals("generator-1@1", ("decode", 0, 1), ("waiting:tasks", 1, 4)))
+    values = fleets.window(10.0 + RATE_WINDOW_S)
+    assert values["throughput/sampled_tokens_per_s"] == pytest.approx(300 / RATE_WINDOW_S)
+    assert values["idle/generator"] == pytest.approx(4 / 8)
+    assert fleets.queues()["queues/samples_running"] == 5.0
+    assert "idle/generator" not in fleets.window(20.0), "nothing was recorded since"
+
+
+@pytest.mark.parametrize(("identity", "role"), [("generator-0@1", "generator"), ("learner-12@3", "learner")])
+def test_the_role_of_an_identity(identity: str, role: str) -> None:
+    assert role_of(identity) == role
+
+
+def test_what_is_observed_can_be_read_back(ring: Ring, tmp_path: Path) -> None:
+    config = parse_config(minimal(tmp_path), "test")
+    role = ring.run("dashboard", lambda node: Dashboard(node, config).run())
+    learner, generator = (ring.link(f"{name}-0@1", "observe", DASHBOARD) for name in ("learner", "generator"))
+
+    generator.tell(metrics("generator-0@1", -1, generator__tokens=100.0, generator__running=3.0))
+    generator.tell(intervals("generator-0@1", ("decode", 0, 3), ("waiting:tasks", 3, 4)))
+    ring.until(lambda: _newest(ring).get("sampled_tokens") == 100.0, "the gauges have come")
+    learner.tell(metrics("learner-0@1", 0, 50.0, reward__mean=0.25, staleness__mean=0.0))
+    learner.tell(metrics("learner-0@1", 1, 60.0, reward__mean=0.75, staleness__mean=1.0))
+    learner.tell(metrics("generator-0@1", 7, 60.0, reward__mean=9.0))
+    data = {"version": 2, "pass_at_1": 0.5, "problems": 4, "failed": 1, "samples": 8, "oldest_version": 2, "newest_version": 2}
+    learner.tell(Event(identity="dispatcher-0@1", time_s=70.0, name="eval", data=data))
+    ring.until(lambda: _newest(ring).get("iteration") == 2, "both iterations have come")
+    newest = _newest(ring)
+    assert (newest["iterations"], newest["rewards"], newest["last"]["staleness/mean"]) == (3, [0.25, 0.75], 1.0)
+    assert newest["queues"]["queues/samples_running"] == 3.0
+    learner.tell(metrics("learner-0@1", 2, 80.0, reward__mean=1.0, staleness__mean=1.0))
+    ring.end(role)  # what is still on its way is taken in a last moment
+
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    scalars = {tag: [(s.step, pytest.approx(s.value)) for s in _scalars(board, tag)] for tag in board.Tags()["tensors"]}
+    assert scalars["reward/mean"] == [(0, 0.25), (1, 0.75), (2, 1.0)], "the learner's numbers alone"
+    assert scalars["eval/pass_at_1"] == [(2, 0.5)]
+    assert scalars["idle/generator"] == [(0, 0.25)]
+
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["iteration"], r["reward/mean"], r["time_s"]) for r in read_iterations(tmp_path)] == [
+        (0, 0.25, 50.0), (1, 0.75, 60.0), (2, 1.0, 80.0),
+    ]  # fmt: skip
+    [event] = [r for r in records if r.get("event") == "eval"]
+    assert event == {"time_s": 70.0, "identity": "dispatcher-0@1", "event": "eval", **data}
+    assert [r for r in records if "eval/pass_at_1" in r][0]["iteration"] == 2
+    assert read_intervals(tmp_path, "generator-0") == [("decode", 1000.0, 1003.0), ("waiting:tasks", 1003.0, 1004.0)]
+    assert idle_share(tmp_path, "generator-0") == pytest.approx(0.25)
+
+
+def _newest(ring: Ring) -> dict[str, Any]:
+    snapshots = ring.control.of(Snapshot)
+    return snapshots[-1].values if snapshots else {}
+
+
+class _Scalar:
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+
+def _scalars(board: EventAccumulator, tag: str) -> list[_Scalar]:
+    """Scalars as this writer stores them: tensors without dimensions."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    return [_Scalar(event.step, float(make_ndarray(event.tensor_proto))) for event in board.Tensors(tag)]

@@ -87,8 +87,8 @@ def default_run_dir(config: RunConfig) -> Path:
     return next(path for i in range(1000) if not (path := base if i == 0 else base.with_name(f"{base.name}-{i}")).exists())
 
 
-def make_socket_dir(run_id: str) -> Path:
-    """A private directory for ipc sockets. Its path is short, because the kernel allows 107 bytes."""
+def make_scratch_dir(run_id: str) -> Path:
+    """A private directory for ipc sockets and temporary files of a run, removed at its end. Short: the kernel allows sockets 107 bytes."""
     return Path(tempfile.mkdtemp(prefix=f"rlsys-{run_id[:8]}-"))
 
 

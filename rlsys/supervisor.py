@@ -27,7 +27,7 @@ from protocol.node import ProcessSpec
 from rlsys.config import RunConfig
 from rlsys.launchers.local import Child, cpu_seconds
 from rlsys.roles import WEIGHTS_DIR
-from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_socket_dir, write_atomically
+from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_scratch_dir, write_atomically
 from rlsys.topology import processes
 
 STATUS_S = 1.0
@@ -100,7 +100,7 @@ class Supervisor:
         self._progress, self._moved_s = -1, time.monotonic()
         self._mark_s, self._mark_cpu_s, self._phase = time.monotonic(), 0.0, "start-up"
         self._run_id = secrets.token_hex(8)
-        self._socket_dir: Path | None = None
+        self._scratch: Path | None = None
         self._weights_dir: Path | None = None
         self._transport: Transport | None = None
 
@@ -143,15 +143,14 @@ class Supervisor:
         self._weights_dir = choose_weights_dir(config, path, self._run_id)
         check_room(self._weights_dir, config)
         (path / WEIGHTS_DIR).write_text(str(self._weights_dir))
+        self._scratch = make_scratch_dir(self._run_id)
         keys = None
         if config.transport.kind == "tcp":
             keys = Keys.make()
             fd = os.open(path / "keys.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(fd, "w") as file:
                 json.dump({"public": keys.public.decode(), "secret": keys.secret.decode()}, file)
-        else:
-            self._socket_dir = make_socket_dir(self._run_id)
-        self._transport = Transport(int(self._run_id, 16), self._socket_dir, config.transport.host, keys)
+        self._transport = Transport(int(self._run_id, 16), None if keys else self._scratch, config.transport.host, keys)
         return Endpoint(self._transport, "control", "control")
 
     def _start(self, role: str, index: int, control: str) -> None:
@@ -163,11 +162,12 @@ class Supervisor:
             start=1,
             run_dir=str(self.run_dir.path),
             control=control,
-            socket_dir=str(self._socket_dir) if self._socket_dir else "",
+            socket_dir=str(self._scratch) if self.config.transport.kind == "ipc" else "",
             host=self.config.transport.host,
         )
         threads = {"learner": self.config.learner.threads, "generator": self.config.generators.threads}.get(role, 1)
-        child = Child(spec, self.run_dir.logs / f"{spec.name}.log", {"OMP_NUM_THREADS": str(threads)})
+        environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self._scratch)}
+        child = Child(spec, self.run_dir.logs / f"{spec.name}.log", environment)
         self._processes[spec.identity] = Process(child, time.monotonic())
 
     # ------------------------------------------------------------------------------------------------ watching
@@ -302,7 +302,7 @@ class Supervisor:
             }
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
             write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1) + "\n")
-            for directory in (self._socket_dir, self._weights_dir):
+            for directory in (self._scratch, self._weights_dir):
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)
             if self._transport is not None:

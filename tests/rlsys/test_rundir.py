@@ -12,7 +12,7 @@ import pytest
 from protocol.errors import ConfigError
 from rlsys import rundir
 from rlsys.config import RunConfig, load_config, parse_config
-from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, make_socket_dir, read_json, write_atomically
+from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, make_scratch_dir, read_json, write_atomically
 from tests.configuration import minimal
 
 
@@ -90,7 +90,7 @@ def test_weights_go_where_they_fit(tmp_path: Path, config: RunConfig, monkeypatc
 
 
 def test_sockets_are_private_and_their_paths_short() -> None:
-    directory = make_socket_dir("0123456789abcdef")
+    directory = make_scratch_dir("0123456789abcdef")
     try:
         assert directory.stat().st_mode & 0o777 == 0o700
         assert len(str(directory / "generator-100.100.completions")) < 107

@@ -119,7 +119,7 @@ def test_the_supervisors_death_ends_every_process(config: dict[str, Any], start:
 
 
 def test_a_hung_process_is_found_and_named(config: dict[str, Any], start: Callable[..., Run]) -> None:
-    config["deadlines"]["heartbeat_s"] = 3.0
+    config["deadlines"]["heartbeat_s"] = 6.0
     run = start(endless(config))
     run.until(training, "first iteration")
     pid = run.pids()["rewarder-0"]

@@ -7,6 +7,8 @@
 | LiveCodeBench | `public_test_cases`, `private_test_cases`: JSON text of [{"input", "output", "testtype"}]; `metadata` with `func_name` |
 | HumanEval | `prompt`, `entry_point`, `test` with check(candidate) |
 | MBPP | `test_list`, `test_setup_code` |
+| interactive | `tests`, `interactor_source`, `interactor_language`, `interactor_convention` |
+| IOI | `subtasks`: [{"points", "tests"}], `grader_files`: {name: text}, `manager_source`, `num_processes` |
 | LeetCode | `tests`: {"functional": source that calls check(Solution().method)} |
 
 Bad data is an error that names problem and field, never a problem that nobody can solve.
@@ -19,6 +21,7 @@ import base64
 import builtins
 import itertools
 import json
+import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +31,7 @@ from typing import Any
 from protocol.errors import DataError
 
 _KNOWN_TO_TESTS = {"list_node", "tree_node", "is_same_list", "is_same_tree", "ListNode", "TreeNode", "inf", "nan"}
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LONGEST_UNPACKED_BYTES = 256 << 20
 
 
@@ -66,16 +70,56 @@ class Cases:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeProgram:
+    """A program that came with the data and judges: a checker, an interactor or a manager."""
+
+    source: str
+    language: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interaction:
+    """The program talks to an interactor, which has the test's input and answer."""
+
+    tests: tuple[Test, ...]
+    interactor: JudgeProgram
+    convention: str
+    """A name of `actors.sandbox.checkers.programs.CONVENTIONS`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subtasks:
+    """Points for groups of tests, as the International Olympiad in Informatics grades."""
+
+    subtasks: tuple[tuple[float, tuple[Test, ...]], ...]
+    """(points, tests); the points count when every test passes."""
+    files: Mapping[str, bytes]
+    """Compiled together with the submission (*.cpp), or included by it (*.h)."""
+    manager: JudgeProgram | None
+    """Communication tasks: the program that talks to the submission's processes."""
+    num_processes: int
+
+
+Form = tuple[Test, ...] | Asserts | Cases | Interaction | Subtasks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What a program is judged by."""
 
     problem_id: str
-    form: tuple[Test, ...] | Asserts | Cases
-    """Tests of stdin and stdout, or calls."""
+    form: Form
+    """A tuple of tests is read from stdin and answered on stdout."""
     language: str = "python"
     checker: str = "exact"
     time_limit_s: float | None = None
     memory_limit_bytes: int | None = None
+    checker_program: JudgeProgram | None = None
+    """Of the convention that `checker` names."""
+
+    def error(self, field: str, found: str) -> DataError:
+        """An error that names the problem and the field."""
+        return DataError(f"problem {self.problem_id!r}, field {field!r}: {found}")
 
 
 def parse_problem(line: Mapping[str, Any]) -> Problem:
@@ -89,6 +133,7 @@ def parse_problem(line: Mapping[str, Any]) -> Problem:
         checker=reader.text(line, "checker", "exact"),
         time_limit_s=reader.positive(line, "time_limit_s"),
         memory_limit_bytes=None if (limit := reader.positive(line, "memory_limit_bytes")) is None else int(limit),
+        checker_program=reader.judge_program(line, "checker"),
     )
 
 
@@ -135,8 +180,20 @@ class _Reader:
         except (ValueError, zlib.error) as error:
             raise self.error(field, f"text that is neither JSON nor compressed JSON ({error})") from None
 
-    def form(self, line: Mapping[str, Any]) -> tuple[Test, ...] | Asserts | Cases:
+    def judge_program(self, line: Mapping[str, Any], role: str) -> JudgeProgram | None:
+        """The program in the fields ROLE_source and ROLE_language."""
+        if not line.get(f"{role}_source"):
+            return None
+        return JudgeProgram(source=self.text(line, f"{role}_source", ""), language=self.text(line, f"{role}_language", "cpp"))
+
+    def form(self, line: Mapping[str, Any]) -> Form:
         """The tests, by whichever layout the fields show."""
+        if line.get("subtasks"):
+            return self._subtasks(line)
+        interactor = self.judge_program(line, "interactor")
+        if interactor is not None:
+            convention = self.text(line, "interactor_convention", "testlib")
+            return Interaction(tests=tuple(self._stdio_tests(line)), interactor=interactor, convention=convention)
         if "entry_point" in line:
             return self._humaneval(line)
         if line.get("test_list"):
@@ -147,6 +204,26 @@ class _Reader:
             return Asserts(setup="", tests=(source,), remote=self._free_names("tests.functional", source), contest=True)
         function = self._function_name(line)
         return self._cases(line, function) if function else tuple(self._stdio_tests(line))
+
+    def _subtasks(self, line: Mapping[str, Any]) -> Subtasks:
+        subtasks = line["subtasks"]
+        if not isinstance(subtasks, list) or not all(isinstance(subtask, Mapping) for subtask in subtasks):
+            raise self.error("subtasks", "expected a list of objects with 'points' and 'tests'")
+        read = []
+        for index, subtask in enumerate(subtasks):
+            points = self.positive(subtask, "points")
+            if points is None:
+                raise self.error(f"subtasks[{index}].points", "missing")
+            read.append((points, tuple(self._stdio_tests(subtask))))
+        files = line.get("grader_files") or {}
+        if not isinstance(files, Mapping) or not all(isinstance(text, str) and _FILE_NAME.fullmatch(name) for name, text in files.items()):
+            raise self.error("grader_files", "expected file names without directories, and their text")
+        return Subtasks(
+            subtasks=tuple(read),
+            files={name: text.encode() for name, text in files.items()},
+            manager=self.judge_program(line, "manager"),
+            num_processes=int(self.positive(line, "num_processes") or 1),
+        )
 
     def _humaneval(self, line: Mapping[str, Any]) -> Asserts:
         prompt, test, entry = (self.text(line, field, "") for field in ("prompt", "test", "entry_point"))

@@ -20,7 +20,8 @@ from actors.sandbox import linux, rootfs
 PROFILES = ("namespaces", "landlock")
 SANDBOX_UID = 61_999
 """Belongs to nobody on usual systems and lies below 65536, so that it is mapped inside rootless containers too."""
-TMP_BYTES = 16 << 20
+TMP_BYTES = 64 << 20
+"""Of /tmp; room for the largest input and output, which checkers read from files there."""
 _INSIDE_ID = 1000  # not 0: an exec inside the cell then never looks like root's
 
 

@@ -70,6 +70,93 @@ def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limit
     return verdicts, execution, suspect
 
 
+def run_interactive(pool: CellPool, candidate: Program, interactor: Program, limits: Limits) -> tuple[Execution, Execution, bool]:
+    """Let a program talk to its interactor: each one's stdout is the other's stdin.
+
+    Returns the program's execution, the interactor's, and whether the program ended first. Raises InfrastructureFault.
+    """
+    with pool.lease(2) as cells:
+        try:
+            judged, judging, first, suspect = _interact_once(cells, candidate, interactor, limits)
+            if not suspect:
+                return judged, judging, first
+        except CellError:
+            for cell in list(cells):
+                pool.replace(cells, cell)
+        return _interact_once(cells, candidate, interactor, limits)[:3]
+
+
+def _interact_once(
+    cells: Sequence[Cell], candidate: Program, interactor: Program, limits: Limits
+) -> tuple[Execution, Execution, bool, bool]:
+    pipes = [*os.pipe(), *os.pipe()]
+    try:
+        judged = Running(cells[0], candidate, pipes[0], limits, stdout=pipes[3])
+        patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
+        judging = Running(cells[1], interactor, pipes[2], patience, stdout=pipes[1])
+    finally:
+        for end in pipes:
+            os.close(end)
+    first = select.select([judged, judging], [], [], limits.wall + 60)[0]
+    execution, judgement, suspect = converse(judged, judging, limits)
+    return execution, judgement, judged in first and judging not in first, suspect
+
+
+def run_communication(
+    pool: CellPool, candidate: Program, manager: Program, num_processes: int, test_input: bytes, limits: Limits
+) -> tuple[list[Execution], Execution, int]:
+    """Let a manager talk to `num_processes` processes of one program, each in a cell of its own.
+
+    The manager reads the test from stdin, prints its score (0 to 1), and is called with pairs of descriptor numbers: what it writes to the
+    first of pair i is the stdin of process i, what it reads from the second is its stdout. A process is called with its index.
+    Returns the executions of the processes, those that ended before the manager first, that of the manager, and how many ended
+    before it. Raises InfrastructureFault.
+    """
+    with pool.lease(num_processes + 1) as cells:
+        try:
+            executions, managing, num_early, suspect = _communicate_once(cells, candidate, manager, num_processes, test_input, limits)
+            if not suspect:
+                return executions, managing, num_early
+        except CellError:
+            for cell in list(cells):
+                pool.replace(cells, cell)
+        return _communicate_once(cells, candidate, manager, num_processes, test_input, limits)[:3]
+
+
+def _communicate_once(
+    cells: Sequence[Cell], candidate: Program, manager: Program, num_processes: int, test_input: bytes, limits: Limits
+) -> tuple[list[Execution], Execution, int, bool]:
+    pipes = [(*os.pipe(), *os.pipe()) for _ in range(num_processes)]
+    processes: list[Running] = []
+    try:
+        for index, (reads, _, _, writes) in enumerate(pipes):
+            program = dataclasses.replace(candidate, arguments=(str(index),))
+            processes.append(Running(cells[index + 1], program, reads, limits, stdout=writes))
+        extras = [end for _, to_process, from_process, _ in pipes for end in (to_process, from_process)]
+        called = dataclasses.replace(manager, arguments=tuple(str(3 + number) for number in range(len(extras))))
+        patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
+        managing = Running(cells[0], called, test_input, patience, extras=extras)
+    finally:
+        for end in (end for four in pipes for end in four):
+            os.close(end)
+    waiting: list[Running] = [managing, *processes]
+    early: list[Running] = []
+    while managing in waiting:
+        early = [job for job in processes if job not in waiting]
+        ready = select.select(waiting, [], [], limits.wall + 60)[0]
+        if not ready:
+            raise CellError("neither the manager nor the processes ended in time")
+        waiting = [job for job in waiting if job not in ready]
+    if waiting:
+        select.select(waiting, [], [], LEAVING_S)
+    for job in processes:
+        if not select.select([job], [], [], 0)[0]:
+            job.cell.end_job()
+    managed, _ = managing.collect()
+    ended = [job.collect() for job in sorted(processes, key=lambda job: job not in early)]
+    return [execution for execution, _ in ended], managed, len(early), any(is_suspect(*end, limits) for end in ended)
+
+
 def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Execution, Execution, bool]:
     """Wait for both jobs to end; the judged side is ended soon after the judge.
 
@@ -85,8 +172,10 @@ def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Executi
         if waiting and not select.select(waiting, [], [], LEAVING_S)[0]:
             judged.cell.end_job()
     finally:
-        judgement, _ = judging.collect()
-        execution, report = judged.collect()
+        try:
+            judgement, _ = judging.collect()
+        finally:
+            execution, report = judged.collect()
     return execution, judgement, is_suspect(execution, report, limits)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from actors.sandbox import Execution, Limits, Outcome, wire
 from actors.sandbox.cell import Cell, CellError, memory_file
@@ -24,6 +24,8 @@ class Program:
     """wire.PYTHON (source text), wire.NATIVE (an executable file), wire.CALLS (source text), ..."""
     content: bytes
     arguments: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files in its working directory, by name; a name that ends in "/" is an empty directory."""
 
 
 class Running:
@@ -42,9 +44,17 @@ class Running:
             self._stdout = self._file() if stdout is None else stdout
             self._stderr = self._file()
             job = wire.Job(
-                program.kind, limits.cpu_s, limits.wall, limits.memory_bytes, limits.output_bytes, limits.num_threads, program.arguments
+                program.kind,
+                limits.cpu_s,
+                limits.wall,
+                limits.memory_bytes,
+                limits.output_bytes,
+                limits.num_threads,
+                program.arguments,
+                tuple(program.files),
             )
-            cell.start(job, [content, source, self._stdout, self._stderr, *extras])
+            files = [self._file(text) for text in program.files.values()]
+            cell.start(job, [content, source, self._stdout, self._stderr, *extras, *files])
         except BaseException:
             self._release()
             raise

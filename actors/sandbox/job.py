@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import types
+from pathlib import Path
 from typing import NoReturn
 
 from actors.sandbox import asserts, calls, linux, wire
@@ -47,7 +48,8 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         os.setsid()
         is_python = job.kind != wire.NATIVE
         source = _read_all(descriptors[0]) if is_python else b""
-        kept = descriptors[1:] if is_python else [*descriptors[1:], descriptors[0]]
+        num_streams = len(descriptors) - len(job.files)
+        kept = descriptors[1:num_streams] if is_python else [*descriptors[1:num_streams], descriptors[0]]
         _place(kept)
         _limit(job)
         os.chdir(tmp)
@@ -67,6 +69,7 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         _leave(1)
     started.close()
     if job.kind == wire.PYTHON:
+        sys.argv[1:] = job.arguments
         run_python(source)
     if job.kind == wire.SERIES:
         run_series(source, (len(kept) - 2) // 2)
@@ -81,6 +84,15 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
     except BaseException:
         _print_traceback()
         _leave(_finish(1))
+
+
+def place_files(job: wire.Job, descriptors: list[int], tmp: str) -> None:
+    """Write the files that the job shall find."""
+    for name, descriptor in zip(job.files, descriptors[len(descriptors) - len(job.files) :], strict=True):
+        if name.endswith("/"):
+            Path(tmp, name).mkdir()
+        else:
+            Path(tmp, name).write_bytes(_read_all(descriptor))
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -172,7 +184,7 @@ def _compile(command: tuple[str, ...], tmp: str) -> int:
     words = [word.replace("OUT", out) for word in command]
     code = os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(words[0], words, ENVIRONMENT | {"TMPDIR": tmp}), 0)[1])
     if code == 0:
-        with open(out, "rb") as program:  # noqa: PTH123
+        with Path(out).open("rb") as program:
             while os.sendfile(3, program.fileno(), None, 1 << 24):
                 pass
     return code & 0xFF

@@ -41,6 +41,7 @@ class CellPool:
         self._idle: list[Cell] = []
         self._busy: set[Cell] = set()
         self._leases = 0
+        self._here = threading.local()
         self._closed = False
         try:
             self.profile = self._keeper.submit(choose_profile, profile, self._build_cell).result()
@@ -68,11 +69,11 @@ class CellPool:
     def lease(self, number: int = 1) -> Iterator[list[Cell]]:
         """`number` cells for the calling thread alone, as a list that `replace` keeps up to date.
 
-        Waits while `num_cells` leases run. A lease of several cells starts more cells if it must, so leases never wait for each
-        other in a circle. Raises DeadlineExceeded, and InfrastructureFault after `close`.
+        Waits while `num_cells` leases run, but not in a thread that holds one already, and a lease of several cells starts more cells
+        if it must: so leases never wait for each other in a circle. Raises DeadlineExceeded, and InfrastructureFault after `close`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._closed or self._leases < self.num_cells, _LEASE_DEADLINE_S):
+            if not self._changed.wait_for(self._may_lease, _LEASE_DEADLINE_S):
                 raise DeadlineExceeded(f"no sandbox cell became idle within {_LEASE_DEADLINE_S:.0f} s; {self._leases} leases run")
             cells = self._take(number)
         try:
@@ -81,6 +82,9 @@ class CellPool:
             yield cells
         finally:
             self._give_back(cells)
+
+    def _may_lease(self) -> bool:
+        return self._closed or self._leases < self.num_cells or getattr(self._here, "leases", 0) > 0
 
     @contextmanager
     def lease_idle(self, at_most: int) -> Iterator[list[list[Cell]]]:
@@ -102,6 +106,7 @@ class CellPool:
         if self._closed:
             raise InfrastructureFault("the sandbox is closed")
         self._leases += 1
+        self._here.leases = getattr(self._here, "leases", 0) + 1
         cells = [self._idle.pop() for _ in range(min(number, len(self._idle)))]
         self._busy.update(cells)
         return cells
@@ -115,10 +120,12 @@ class CellPool:
     def _give_back(self, cells: list[Cell]) -> None:
         with self._changed:
             self._leases -= 1
+            self._here.leases -= 1
             self._busy.difference_update(cells)
-            if not self._closed:
-                self._idle += cells
-                cells = []
+            if not self._closed:  # what conversations of several cells needed is not all kept
+                kept = cells[: max(0, 2 * self.num_cells - len(self._idle))]
+                self._idle += kept
+                cells = cells[len(kept) :]
             self._changed.notify()
         for cell in cells:
             cell.close()

@@ -6,6 +6,7 @@ zygote -> owner    b"ready" or b"failed: why" once, then one Report for each Job
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import NamedTuple
 
@@ -35,20 +36,22 @@ class Job(NamedTuple):
     output_bytes: int
     num_threads: int
     arguments: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Names of files in its working directory, filled from the last descriptors; a name that ends in "/" makes a directory."""
 
     def pack(self) -> bytes:
         """The packet."""
         head = _JOB.pack(
             self.kind, self.num_threads, round(self.cpu_s * 1e6), round(self.wall_s * 1e6), self.memory_bytes, self.output_bytes
         )
-        return head + "\0".join(self.arguments).encode()
+        return head + json.dumps([self.arguments, self.files]).encode()
 
     @classmethod
     def unpack(cls, packet: bytes) -> Job:
         """The inverse of `pack`."""
         kind, threads, cpu_us, wall_us, memory, output = _JOB.unpack_from(packet)
-        text = packet[_JOB.size :].decode()
-        return cls(kind, cpu_us / 1e6, wall_us / 1e6, memory, output, threads, tuple(text.split("\0")) if text else ())
+        arguments, files = json.loads(packet[_JOB.size :])
+        return cls(kind, cpu_us / 1e6, wall_us / 1e6, memory, output, threads, tuple(arguments), tuple(files))
 
 
 class Report(NamedTuple):

@@ -136,8 +136,7 @@ class Zygote:
         started_s = time.monotonic()
         pid = linux.raw_fork()
         if pid == 0:
-            program = self._filters[asked.kind] if self._is_pid_1 else self._confine_further(asked.kind)
-            job.run(asked, descriptors, program, self._tmp, self._started)
+            self._become_job(asked, descriptors)
         if pid < 0:
             os.write(descriptors[3], b"fork failed")
             return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0)
@@ -149,6 +148,18 @@ class Zygote:
         self._running = 0
         cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
         return wire.Report(os.waitstatus_to_exitcode(status), cut, self._started[0], cpu_us, wall_us, usage.ru_maxrss, strays)
+
+    def _become_job(self, asked: wire.Job, descriptors: list[int]) -> NoReturn:
+        """In the fork."""
+        try:
+            if asked.files:
+                job.place_files(asked, descriptors, self._tmp)
+            program = self._filters[asked.kind] if self._is_pid_1 else self._confine_further(asked.kind)
+            job.run(asked, descriptors, program, self._tmp, self._started)
+        except BaseException as error:
+            os.write(descriptors[3], repr(error).encode())
+        finally:
+            os._exit(1)
 
     def _confine_further(self, kind: int) -> linux.SeccompFilter:
         """Landlock profile, in the fork. Its /tmp has no quota, so only compilers may write; other processes of the uid are in sight."""

@@ -10,8 +10,9 @@ import pytest
 
 from actors.rewards import Sample, Score
 from actors.rewards.fences import extract_program
+from actors.rewards.judging import choose_tests
 from actors.rewards.problems import parse_problem
-from actors.rewards.unit_tests import UnitTests, choose_tests
+from actors.rewards.unit_tests import UnitTests
 from protocol.errors import ConfigError, DataError
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"

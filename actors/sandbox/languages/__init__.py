@@ -5,6 +5,8 @@ To add one: a new file beside this one and a line in LANGUAGES. `tests/contracts
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from actors.sandbox import Execution
@@ -21,6 +23,9 @@ LANGUAGES = {
 """Name in problems and configurations -> class. The class is built as `Class()`."""
 
 
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+
+
 class CompileError(Exception):
     """The source text is not a program of the language; `execution` is the compiler's run. A verdict, not a fault."""
 
@@ -34,6 +39,8 @@ class Language(Protocol):
 
     fences: tuple[str, ...]
     """Info strings of fenced blocks that hold it, in lower case."""
+    takes_files: bool
+    """Whether further files can be compiled together with a source."""
 
     def trees(self) -> list[str]:
         """Directories outside /usr that its tools need in a cell."""
@@ -41,5 +48,8 @@ class Language(Protocol):
     def missing(self) -> str:
         """Why this machine cannot run the language, in one sentence; empty when it can."""
 
-    def prepare(self, source: str, sandbox: Sandbox) -> Program:
-        """A program that runs `source`. Raises CompileError, and InfrastructureFault when the compiler could not be run."""
+    def prepare(self, source: str, sandbox: Sandbox, files: Mapping[str, bytes] = NO_FILES) -> Program:
+        """A program that runs `source`, with `files` by name beside it.
+
+        Raises CompileError, and InfrastructureFault when the compiler could not be run.
+        """

@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from actors.sandbox import MIB, Execution, Limits, wire
 from actors.sandbox.cell import memory_file
@@ -54,16 +54,21 @@ class Compiler:
         self._command = tuple(command)
         self._cache = ProgramCache()
 
-    def compile(self, source: str, sandbox: Sandbox) -> Program:
-        """The program of `source`. Raises CompileError, and InfrastructureFault when the compiler could not be run."""
+    def compile(self, source: str, sandbox: Sandbox, files: Mapping[str, bytes]) -> Program:
+        """The program of `source`, which may include `files`; those that end in .cpp are compiled with it.
+
+        Raises CompileError, and InfrastructureFault when the compiler could not be run.
+        """
         text = source.encode(errors="surrogatepass")
-        key = hashlib.sha256(text).digest()
+        key = hashlib.sha256(repr((text, sorted(files.items()))).encode()).digest()
         kept = self._cache.get(key)
         if kept is not None:
             return kept
         out = memory_file()
         try:
-            execution = sandbox.run(Program(kind=wire.COMPILER, content=b"", arguments=self._command), text, LIMITS, extras=[out])
+            command = (*self._command, *(name for name in sorted(files) if name.endswith(".cpp")))
+            compiler = Program(kind=wire.COMPILER, content=b"", arguments=command, files=files)
+            execution = sandbox.run(compiler, text, LIMITS, extras=[out])
             content = os.pread(out, os.fstat(out).st_size, 0)
         finally:
             os.close(out)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from actors.sandbox.execution import Program
+from actors.sandbox.languages import NO_FILES
 from actors.sandbox.languages.compiled import Compiler
 from actors.sandbox.runner import Sandbox
 
@@ -15,6 +17,7 @@ class Cpp:
     """Compiled as contest judges do, without warnings."""
 
     fences = ("cpp", "c++", "cc", "cxx", "cpp17", "c++17")
+    takes_files = True
 
     def __init__(self) -> None:
         # /usr/bin/g++ may be a link through /etc, which cells do not have
@@ -28,6 +31,6 @@ class Cpp:
         """A sentence where there is no compiler."""
         return "" if Path("/usr/bin/g++").exists() else "C++ needs g++ at /usr/bin/g++ (Debian, Ubuntu: apt-get install g++)"
 
-    def prepare(self, source: str, sandbox: Sandbox) -> Program:
+    def prepare(self, source: str, sandbox: Sandbox, files: Mapping[str, bytes] = NO_FILES) -> Program:
         """Compile, or take the program of the same source."""
-        return self._compiler.compile(source, sandbox)
+        return self._compiler.compile(source, sandbox, files)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from actors.sandbox import wire
 from actors.sandbox.execution import Program
+from actors.sandbox.languages import NO_FILES
 from actors.sandbox.runner import Sandbox
 
 
@@ -11,6 +14,7 @@ class Python:
     """Source text goes into the cell as it is; a syntax error shows there as a runtime error."""
 
     fences = ("python", "py", "python3")
+    takes_files = False
 
     def trees(self) -> list[str]:
         """The interpreter is in every cell anyway."""
@@ -20,6 +24,6 @@ class Python:
         """Never anything."""
         return ""
 
-    def prepare(self, source: str, sandbox: Sandbox) -> Program:
+    def prepare(self, source: str, sandbox: Sandbox, files: Mapping[str, bytes] = NO_FILES) -> Program:
         """Nothing to compile."""
         return Program(kind=wire.PYTHON, content=source.encode(errors="surrogatepass"))

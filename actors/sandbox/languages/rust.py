@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from actors.sandbox.execution import Program
+from actors.sandbox.languages import NO_FILES
 from actors.sandbox.languages.compiled import Compiler
 from actors.sandbox.runner import Sandbox
 
@@ -33,6 +35,7 @@ class Rust:
     """One crate from standard input, linked by the C compiler."""
 
     fences = ("rust", "rs")
+    takes_files = False
 
     def __init__(self) -> None:
         root = toolchain()
@@ -52,6 +55,6 @@ class Rust:
             return "Rust needs rustc on the path (https://rustup.rs)"
         return "" if Path("/usr/bin/cc").exists() else "Rust needs a linker at /usr/bin/cc (Debian, Ubuntu: apt-get install gcc)"
 
-    def prepare(self, source: str, sandbox: Sandbox) -> Program:
+    def prepare(self, source: str, sandbox: Sandbox, files: Mapping[str, bytes] = NO_FILES) -> Program:
         """Compile, or take the program of the same source."""
-        return self._compiler.compile(source, sandbox)
+        return self._compiler.compile(source, sandbox, files)

@@ -72,6 +72,7 @@ CHANNELS = {
 """Name -> channel. The supervisor's `control` address is given to every process at its start, all others come with `Peers`."""
 
 _NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # as integers: arithmetic on enums costs more than a small send
+_READABLE = int(zmq.POLLIN)
 HIGH_WATER_MARK = 10_000
 """Messages a socket queues per peer. Credits keep every data channel far below; reaching it is reported, not waited for."""
 
@@ -178,6 +179,10 @@ class _Socket:
             frames.append(frame.bytes)
         return frames
 
+    def _quiet(self) -> bool:
+        """Whether nothing has arrived. Asking costs half of a receive that finds nothing, for pyzmq raises an exception then."""
+        return not int(self.socket.get(zmq.EVENTS)) & _READABLE
+
     def _put(self, frames: Sequence[bytes | memoryview]) -> None:
         """Queue one message. Raises zmq.Again when the queue is full, before any part of it is queued."""
         send = self.socket.send
@@ -217,6 +222,8 @@ class Endpoint(_Socket):
 
     def receive(self) -> Iterator[tuple[str, m.Message]]:
         """All messages that have arrived, with their senders' identities. Refused ones are counted and logged."""
+        if self._quiet():
+            return
         while (frames := self._frames()) is not None:
             peer = "" if self.spec.one_way else frames.pop(0).decode("utf-8", "replace")
             message = self._read(frames, self.spec.up, peer or "a peer")
@@ -249,6 +256,8 @@ class Link(_Socket):
 
     def receive(self) -> Iterator[m.Message]:
         """All messages that have arrived."""
+        if self.socket.closed or self._quiet():
+            return
         while not self.socket.closed and (frames := self._frames()) is not None:
             message = self._read(frames, self.spec.down, self.peer)
             if message is not None:

@@ -65,10 +65,14 @@ class Incoming:
             self._taken[peer] += 1
 
     def grants(self) -> list[tuple[str, int]]:
-        """New cumulative totals to send, [(peer, total)]; empty when nothing changed."""
+        """New cumulative totals to send, [(peer, total)]; empty when nothing changed.
+
+        A peer hears of free places when they are a quarter of its share, not of each one: three quarters stay under way meanwhile.
+        """
         if not self._taken:
             return []
         share = max(1, self._window // len(self._taken))
-        news = [(peer, taken + share) for peer, taken in self._taken.items() if taken + share > self._granted[peer]]
+        step = max(1, share // 4)
+        news = [(peer, taken + share) for peer, taken in self._taken.items() if taken + share - self._granted[peer] >= step]
         self._granted.update(news)
         return news

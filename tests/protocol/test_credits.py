@@ -54,3 +54,13 @@ def test_a_window_is_never_exceeded_and_never_starves(window: int, events: list[
     for peer, total in incoming.grants():
         producers[int(peer[1])].granted("consumer", total)
     assert all(producer.left("consumer") > 0 for producer in producers)
+
+
+def test_free_places_are_told_in_quarters_of_the_window() -> None:
+    incoming = Incoming(window=64)
+    incoming.add_peer("a")
+    told = incoming.grants()
+    for _ in range(160):
+        incoming.done("a")
+        told += incoming.grants()
+    assert told == [("a", total) for total in range(64, 64 + 161, 16)]

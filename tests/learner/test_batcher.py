@@ -171,7 +171,7 @@ def test_parts_of_a_score_are_weighted() -> None:
         batch_of(*arrived, reward_weights={"tests": 2.0})
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 5), st.integers(0, 3), st.integers(0, 8), st.integers(0, 3))
 def test_a_token_outside_the_bound_ends_the_run(iteration: int, bound: int, first: int, rise: int) -> None:
     spans = [[first, 0, 1], [first + rise, 0, 3]] if rise else [[first, 0, 3]]

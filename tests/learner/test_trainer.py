@@ -39,6 +39,9 @@ from tests.learner.samples import random_samples
 from tests.learner.trajectories import trajectory
 from tests.ring import RUN_ID, Ring
 
+START_S = 120.0
+"""Importing torch and transformers takes a busy machine long."""
+
 
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_what_is_packed_for_the_other_ranks_comes_out_equal(count: int) -> None:
@@ -80,7 +83,7 @@ def test_the_leader_trains_publishes_and_accounts_for_every_group(ring: Ring, tm
 
 
 def _drive(ring: Ring, tmp_path: Path, child: Child) -> None:
-    ring.until(lambda: any(m.pid == child.pid for m in ring.control.of(Register)), "the learner registers", 60.0)
+    ring.until(lambda: any(m.pid == child.pid for m in ring.control.of(Register)), "the learner registers", START_S)
     identity = "learner-0@1"
     dispatcher = ring.serve("dispatcher-0@1", "outcomes")
     dashboard = ring.serve("dashboard-0@1", "observe")
@@ -88,7 +91,7 @@ def _drive(ring: Ring, tmp_path: Path, child: Child) -> None:
     generator.tell(Hello(role="generator", index=0, identity="generator-0@1", epoch=1))
     rewarder = ring.link("rewarder-0@1", "trajectories", identity)
     rewarder.tell(Hello(role="rewarder", index=0, identity="rewarder-0@1", epoch=1))
-    ring.until(lambda: rewarder.of(Credit) and generator.of(WeightsReady) and dispatcher.of(Hello), "credit, v0 and a greeting", 60.0)
+    ring.until(lambda: rewarder.of(Credit) and generator.of(WeightsReady) and dispatcher.of(Hello), "credit, v0 and a greeting", START_S)
     [ready] = generator.of(WeightsReady)
     assert ready.number == 0
 
@@ -106,14 +109,14 @@ def _drive(ring: Ring, tmp_path: Path, child: Child) -> None:
     ring.until(lambda: len({tuple(k) for a in rewarder.of(Ack) for k in a.keys.tolist()}) == len(sent), "everything is acknowledged")
     assert len(generator.of(WeightsReady)) == 1, "one sample is missing, so nothing is trained"
     send(trajectory(0, 1, 0.0, tokens=5))
-    ring.until(lambda: len(generator.of(WeightsReady)) == 2, "v1 is published", 60.0)
+    ring.until(lambda: len(generator.of(WeightsReady)) == 2, "v1 is published", START_S)
     first, second = (load_file(Path(r.directory) / "model.safetensors") for r in generator.of(WeightsReady))
     assert any(not torch.equal(first[name], second[name]) for name in first), "the step moved the weights"
     verify(Path(generator.of(WeightsReady)[1].directory), generator.of(WeightsReady)[1].manifest_sha256)
 
     # Iteration 1 has no trainable token: no optimizer step, and still a version, so that pacing cannot starve.
     send(*(trajectory(g, i, 0.0, iteration=1) for g in (2, 3) for i in (0, 1)))
-    ring.until(lambda: len(generator.of(WeightsReady)) == 3, "v2 is published", 60.0)
+    ring.until(lambda: len(generator.of(WeightsReady)) == 3, "v2 is published", START_S)
     third = load_file(Path(generator.of(WeightsReady)[2].directory) / "model.safetensors")
     assert all(torch.equal(second[name], third[name]) for name in second)
 
@@ -122,7 +125,7 @@ def _drive(ring: Ring, tmp_path: Path, child: Child) -> None:
     ring.until(lambda: late.of(WeightsReady), "who comes late hears of the newest version")
     assert late.of(WeightsReady)[0].number == 2
 
-    ring.until(lambda: ring.control.of(Finished), "the learner has finished", 60.0)
+    ring.until(lambda: ring.control.of(Finished), "the learner has finished", START_S)
     assert ring.control.of(Finished)[0].error == ""
     assert "training ended" in [e.name for e in ring.control.of(Event)]
     ring.until(lambda: len(dispatcher.of(GroupOutcome)) == 5, "every group has ended")
@@ -164,7 +167,7 @@ def _check_journal(directory: Path, sent: list[Trajectory]) -> None:
 def test_a_model_that_cannot_be_read_ends_the_learner_with_one_sentence(ring: Ring, tmp_path: Path) -> None:
     child = start_learner(ring, tmp_path, tokenizer_directory(tmp_path / "no-model"))
     try:
-        ring.until(lambda: child.exit_code() is not None, "the learner ends", 60.0)
+        ring.until(lambda: child.exit_code() is not None, "the learner ends", START_S)
     finally:
         child.signal_group(signal.SIGKILL)
     assert child.exit_code() == 2, child.tail()

@@ -21,6 +21,15 @@ COMMANDS = ("up", "check", "status", "down", "logs", "grade", "doctor")
 HEAVY = ("torch", "transformers", "ray", "tensorboard", "sglang", "zmq")
 
 
+def check_and_list_heavy_imports(*configs: str) -> subprocess.CompletedProcess[str]:
+    """`rlsys check` in a fresh interpreter; the last line of its output names the heavy libraries that it imported."""
+    program = (
+        f"import sys; from rlsys.cli import main; code = main(['check', *{configs!r}]); "
+        f"print('HEAVY', *sorted(set(sys.modules) & set({HEAVY!r}))); sys.exit(code)"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+
+
 def rlsys(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it."""
     return subprocess.run(
@@ -54,8 +63,7 @@ def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) ->
 
 def test_checking_every_shipped_configuration_needs_no_heavy_library() -> None:
     configs = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
-    probe = f"import sys; from rlsys.cli import main; code = main(['check', *{configs!r}]); print('HEAVY', *sorted(set(sys.modules) & set({HEAVY!r}))); sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    done = check_and_list_heavy_imports(*configs)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
     assert done.stdout.count(": ok") == len(configs) > 0
@@ -63,8 +71,7 @@ def test_checking_every_shipped_configuration_needs_no_heavy_library() -> None:
 
 def test_a_configuration_with_its_own_files_is_checked_without_heavy_libraries(tmp_path: Path) -> None:
     path = write(tmp_path / "run.yaml", minimal(tmp_path))
-    probe = f"import sys; from rlsys.cli import main; main(['check', {str(path)!r}]); print('HEAVY', *sorted(set(sys.modules) & set({HEAVY!r})))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    done = check_and_list_heavy_imports(str(path))
     assert done.stderr == ""
     assert f"{path}: ok" in done.stdout
     assert done.stdout.splitlines()[-1].split() == ["HEAVY"]

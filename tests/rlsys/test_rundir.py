@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,15 +66,15 @@ def test_a_place_that_cannot_be_a_directory_is_one_line(tmp_path: Path, config: 
 
 def test_default_directories_do_not_repeat(tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rundir.time, "strftime", lambda pattern: "20260101-000000")
+    monkeypatch.setattr("rlsys.rundir.time.strftime", lambda pattern: "20260101-000000")
     first = default_run_dir(config)
     first.mkdir(parents=True)
     assert (str(first), str(default_run_dir(config))) == ("runs/run-20260101-000000", "runs/run-20260101-000000-1")
 
 
 def test_weights_go_where_they_fit(tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 0})
-    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda path: usage)
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr("rlsys.rundir.shutil.disk_usage", lambda path: usage)
     size = (config.model.path / "model.safetensors").stat().st_size
     usage.free = 12 * size + 1
     monkeypatch.setattr(rundir, "SHM", tmp_path)

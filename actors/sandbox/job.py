@@ -22,7 +22,7 @@ import types
 from pathlib import Path
 from typing import NoReturn
 
-from actors.sandbox import asserts, calls, linux, wire
+from actors.sandbox import asserts, calls, interpreter, linux, wire
 from actors.sandbox.linux import SeccompFilter
 
 _RESERVE_BYTES = 64 << 20  # address space of the zygote and of shared libraries, on top of what the program may use
@@ -76,6 +76,8 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
     try:
         if job.kind == wire.COMPILER:
             _leave(_compile(job.arguments, tmp))
+        if job.kind == wire.SESSION:
+            interpreter.run()
         if job.kind == wire.ASSERTS:
             asserts.run(source)
         calls.run(source, CONTEST_NAMES if job.arguments else {})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import select
 from collections.abc import Callable, Generator, Sequence
 
-from actors.sandbox import DEFAULT_LIMITS, Execution, Limits, wire
+from actors.sandbox import DEFAULT_LIMITS, MIB, Execution, Limits, wire
 from actors.sandbox.cell import Cell, CellError
 from actors.sandbox.execution import Program, Running, is_suspect, run_series
 from actors.sandbox.pool import CellPool, usable_cores
+from actors.sandbox.sessions import CALL_LIMIT_S, MAX_CALLS, Session
 
 
 class Sandbox:
@@ -64,6 +65,10 @@ class Sandbox:
             if rest:
                 with self.pool.lease_idle(min(len(rest), self.pool.num_cells) - 1) as more:
                     yield from _Batch(self.pool, [first, *more], program, rest, limits).run()
+
+    def session(self, memory_bytes: int = 1024 * MIB, max_calls: int = MAX_CALLS, call_limit_s: float = CALL_LIMIT_S) -> Session:
+        """An interpreter that keeps its state over several calls. It holds a cell until it is closed. Raises InfrastructureFault."""
+        return Session(self.pool, memory_bytes, max_calls, call_limit_s)
 
     def close(self) -> None:
         """End every process of the sandbox."""

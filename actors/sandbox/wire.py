@@ -10,10 +10,11 @@ import json
 import struct
 from typing import NamedTuple
 
-PYTHON, NATIVE, COMPILER, SERIES, CALLS, ASSERTS = range(6)
+PYTHON, NATIVE, COMPILER, SERIES, CALLS, ASSERTS, SESSION = range(7)
 """Kinds of job: Python source in the first descriptor; a compiled program in the first descriptor; a compiler, its command in the
 arguments;
-Python source that is run on several inputs (`job.run_series`); Python source that answers calls (`calls.py`); their tests (`asserts.py`).
+Python source that is run on several inputs (`job.run_series`); Python source that answers calls (`calls.py`); their tests (`asserts.py`);
+a session (`interpreter.py`).
 """
 
 LONGEST_SERIES = 32

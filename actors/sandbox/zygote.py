@@ -81,6 +81,7 @@ class Zygote:
             wire.SERIES: single,
             wire.CALLS: single,
             wire.ASSERTS: single,
+            wire.SESSION: single,
             wire.NATIVE: seccomp.build(may_exec=True),
             wire.COMPILER: seccomp.build(may_fork=True, may_signal=self._is_pid_1),
         }

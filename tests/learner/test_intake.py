@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from learner.batcher import Assembler, Batch, Batcher
-from learner.intake import CREDIT_WINDOW, Intake
+from learner.intake import Intake
 from learner.settings import LearnerSettings
 from protocol.errors import RunEnded
 from protocol.journal import Journal, read_journal
@@ -20,6 +20,8 @@ from tests.learner.trajectories import trajectory
 from tests.ring import Peer, Ring
 
 LEARNER = "learner-0@1"
+WINDOW = 8
+"""Small, so that free places are told after two messages."""
 
 
 class Scene:
@@ -51,7 +53,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(ring: Ring, tmp_path: Path) -> Iterator[Scene]:
+def scene(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setattr("learner.intake.CREDIT_WINDOW", WINDOW)
     scene = Scene(ring, tmp_path)
     yield scene
     scene.close()
@@ -63,7 +66,7 @@ def acknowledged(peer: Peer) -> list[tuple[int, ...]]:
 
 def test_what_is_acknowledged_stands_in_the_journal(scene: Scene) -> None:
     rewarder = scene.rewarder()
-    assert rewarder.of(Credit)[0].total == CREDIT_WINDOW
+    assert rewarder.of(Credit)[0].total == WINDOW
     first, copy = trajectory(1, 0, 1.0), trajectory(1, 0, 0.0, attempt=1)
     rewarder.tell(first)
     scene.ring.until(lambda: acknowledged(rewarder), "the acknowledgement")
@@ -71,7 +74,7 @@ def test_what_is_acknowledged_stands_in_the_journal(scene: Scene) -> None:
     rewarder.tell(copy)
     scene.ring.until(lambda: acknowledged(rewarder) == [key_of(first), key_of(copy)], "a copy is acknowledged, so that it is forgotten")
     assert scene.journaled() == 1, "but not journaled"
-    scene.ring.until(lambda: rewarder.of(Credit)[-1].total == CREDIT_WINDOW + 2, "both places are free again")
+    scene.ring.until(lambda: rewarder.of(Credit)[-1].total == WINDOW + 2, "both places are free again")
 
 
 def test_the_trainer_waits_for_its_batch_and_no_longer(scene: Scene) -> None:

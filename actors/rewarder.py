@@ -198,7 +198,7 @@ class Rewarder:
 
     def _trajectory(self, scored: _Scored) -> Trajectory:
         c, score = scored.completion, scored.score
-        parts: Mapping[str, float] = {self._reward_name: score.value} if score.value is not None else {}
+        parts: Mapping[str, float] = score.parts or ({self._reward_name: score.value} if score.value is not None else {})
         return Trajectory(
             group_id=c.group_id,
             index=c.index,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 REWARDS = {
     "unit_tests": "actors.rewards.unit_tests:UnitTests",
+    "weighted": "actors.rewards.weighted:Weighted",
 }
 """Name in the configuration -> class. The class is built as `Class(options: Mapping[str, Any])`, once in each reward actor."""
 
@@ -30,6 +31,8 @@ class Score:
     detail: str = ""
     """One line for people."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Where several functions make the score: the value of each, before weighting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

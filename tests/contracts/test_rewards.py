@@ -22,6 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
         "right": f"```python\n{ADD}\n```",
         "wrong": "```python\nprint(0)\n```",
     },
+    "weighted": {
+        "options": {"parts": {"tests": {"reward": "unit_tests", "options": {"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 1}}}},
+        "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}]},
+        "right": f"```python\n{ADD}\n```",
+        "wrong": "```python\nprint(0)\n```",
+    },
 }
 """A reward without an entry is not tested here and fails `test_every_reward_is_tested`."""
 

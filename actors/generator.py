@@ -26,6 +26,9 @@ log = logging.getLogger("rlsys.generator")
 IDLE_WAIT_S = 0.5
 """Longest poll while the engine has nothing to do; messages end it early."""
 
+RELOADS = 1
+"""How often a refused version is announced and loaded again before the actor gives up, which ends it with the reason."""
+
 Key = tuple[int, int, int]
 
 
@@ -152,8 +155,8 @@ class Generator:
             loaded = self._intake.load(ready)
         for link in self._learner.values():
             link.send(loaded)
-        if loaded.error and self._engine.version is None:
-            raise WeightsError(loaded.error)
+        if self._intake.failures > RELOADS:
+            raise WeightsError(f"{self._intake.failures} loads in a row failed, the last: {loaded.error}")
 
     # ------------------------------------------------------------------------------------------------ leaving
 

@@ -21,6 +21,8 @@ class WeightsIntake:
         self._identity = identity
         self._engine = engine
         self._announced: WeightsReady | None = None
+        self.failures = 0
+        """Loads in a row that failed."""
 
     def announce(self, ready: WeightsReady) -> None:
         """A version is complete on disk."""
@@ -34,15 +36,17 @@ class WeightsIntake:
         return ready if ready is not None and (loaded is None or Version(ready.number, ready.incarnation) > loaded) else None
 
     def load(self, ready: WeightsReady) -> WeightsLoaded:
-        """Verify and load `ready`. A fault is returned in `error`, and the version is not tried again; the engine keeps the old weights."""
+        """Verify and load `ready`. A fault is returned in `error`, and nothing is tried until something is announced again; the old weights stay."""
         started = time.monotonic()
         version = Version(ready.number, ready.incarnation)
         error, pause = "", 0.0
         try:
             verify(Path(ready.directory), ready.manifest_sha256)
             pause = self._engine.load_weights(Path(ready.directory), version)
+            self.failures = 0
         except WeightsError as fault:
             error = str(fault)
+            self.failures += 1
             log.warning("%s not loaded: %s", version, error)
             if self._announced is ready:
                 self._announced = None

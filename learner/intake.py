@@ -175,6 +175,10 @@ class Intake:
                 if message.error:
                     log.warning("%s could not load v%d: %s", message.generator, message.number, message.error)
                     self._node.event("weights refused", generator=message.generator, version=message.number, error=message.error)
+                    if self._newest is not None:
+                        self._weights.send(
+                            peer, self._newest
+                        )  # once more, or the newer one that it missed; the actor itself gives up after that
 
     def _greet(self, link: Link) -> None:
         """A dispatcher appeared: it hears every terminal state again."""

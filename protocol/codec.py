@@ -37,6 +37,8 @@ class _Plan(NamedTuple):
     """Name; the type that needs no further look, where there is one; the whole check; the hint in words."""
     arrays: tuple[tuple[str, np.dtype[Any]], ...]
     names: frozenset[str]
+    tuples: tuple[str, ...]
+    """msgpack knows only lists: these become tuples again."""
 
 
 def _check_for(hint: Any) -> Check:
@@ -73,13 +75,14 @@ def _plan(tag: str) -> _Plan:
     cls = MESSAGES[tag]
     hints = get_type_hints(cls, include_extras=True)
     plain, arrays = [], []
+    tuples = tuple(spec.name for spec in fields(cls) if get_origin(hints[spec.name]) is tuple)
     for spec in fields(cls):
         hint = hints[spec.name]
         if get_origin(hint) is Annotated:
             arrays.append((spec.name, np.dtype("<" + get_args(hint)[1]) if get_args(hint)[1] != "b1" else np.dtype(np.bool_)))
         else:
             plain.append((spec.name, hint if hint in _EXACT else None, _check_for(hint), str(hint)))
-    return _Plan(cls, tuple(plain), tuple(arrays), frozenset(spec.name for spec in fields(cls)))
+    return _Plan(cls, tuple(plain), tuple(arrays), frozenset(spec.name for spec in fields(cls)), tuples)
 
 
 def array_fields(tag: str) -> dict[str, np.dtype[Any]]:
@@ -137,6 +140,8 @@ def decode(frames: Sequence[bytes | memoryview], run: int, peer: str = "a peer")
             values[name] = _array(frames[place], values[name], dtype)
         except WireError as error:
             raise WireError(f"{tag} from {peer}: {name}: {error}") from None
+    for name in plan.tuples:
+        values[name] = tuple(values[name])
     message = plan.cls(**values)
     fault = message.fault()
     if fault:

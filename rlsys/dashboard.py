@@ -8,6 +8,7 @@ It waits for observations alone and wakes nobody: the ring runs on without it.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -30,6 +31,11 @@ RATE_WINDOW_S = 5.0
 def role_of(identity: str) -> str:
     """ "generator-0@1" -> "generator"."""
     return identity.rpartition("-")[0]
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no NaN: what is not a finite number is null."""
+    return value if math.isfinite(value) else None
 
 
 class Fleets:
@@ -195,7 +201,9 @@ class Dashboard:
         for name, value in values.items():
             self._board.add_scalar(name, value, step=step)
         self._board.flush()
-        self._metrics.write(json.dumps({"time_s": round(time_s, 3), "iteration": step, **values}) + "\n")
+        self._metrics.write(
+            json.dumps({"time_s": round(time_s, 3), "iteration": step, **{name: finite(value) for name, value in values.items()}}) + "\n"
+        )
 
     def _snapshot(self) -> None:
         values = {**self._values, "queues": self._fleets.queues(), "sampled_tokens": self._fleets.sum("generator/tokens")}

@@ -122,9 +122,10 @@ class Supervisor:
                 self._start(role, index, control.address)
             while self._ending is None:
                 poller.wait(0.1)
-                for peer, message in control.receive():
+                ended = [process for process in self._processes.values() if process.child.exit_code() is not None]
+                for peer, message in control.receive():  # after looking who ended, so that the last words of the dead are heard first
                     self._on_message(control, peer, message)
-                self._watch()
+                self._watch(ended)
                 self._tick()
             return self._ending
         except KeyboardInterrupt:
@@ -201,12 +202,13 @@ class Supervisor:
         for register in known:
             control.send(register.identity, peers)
 
-    def _watch(self) -> None:
+    def _watch(self, ended: list[Process]) -> None:
         now, limits = time.monotonic(), self.config.deadlines
         for identity, process in self._processes.items():
             code = process.child.exit_code()
             if code is not None:
-                self._fail(process, f"{identity} {_how(code)}", user_error=code == 2)
+                if process in ended:
+                    self._fail(process, f"{identity} {_how(code)}", user_error=code == 2)
             elif not process.heard_s and now - process.started_s > limits.startup_s:
                 self._fail(process, f"{identity} gave no sign of life within {limits.startup_s:g} s of its start")
             elif process.heard_s and now - process.heard_s > limits.heartbeat_s:

@@ -162,11 +162,12 @@ def test_damaged_weights_are_refused_and_the_generator_keeps_serving(scene: Scen
     assert all(c.spans[:, 0].tolist() == [2] for c in scene.completions(rewarder, 4)[2:])
 
 
-def test_without_any_weights_to_start_with_the_actor_ends(scene: Scene) -> None:
+def test_weights_that_fail_twice_in_a_row_end_the_actor(scene: Scene) -> None:
     scene.role.expected = WeightsError
     scene.publish(0, damaged=True)
+    scene.publish(1, damaged=True)
     scene.ring.until(lambda: scene.role.error is not None, "the actor ends")
-    with pytest.raises(WeightsError, match="differs from its manifest"):
+    with pytest.raises(WeightsError, match="2 loads in a row failed, the last: .* differs from its manifest"):
         raise scene.role.error or AssertionError
 
 

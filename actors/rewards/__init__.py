@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 REWARDS = {
+    "math_answer": "actors.rewards.math_answer:MathAnswer",
     "unit_tests": "actors.rewards.unit_tests:UnitTests",
     "weighted": "actors.rewards.weighted:Weighted",
 }

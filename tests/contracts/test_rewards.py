@@ -16,6 +16,12 @@ from tests.actors.processes import descendants, wait_until
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 CASES: dict[str, dict[str, Any]] = {
+    "math_answer": {
+        "options": {"workers": 2},
+        "problem": {"id": "half", "prompt": "", "answer": "\\frac{1}{2}"},
+        "right": "It is \\boxed{0.5}.",
+        "wrong": "It is \\boxed{0.6}.",
+    },
     "unit_tests": {
         "options": {"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 1},
         "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]},

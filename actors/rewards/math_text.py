@@ -55,6 +55,7 @@ _WORD_UNIT = re.compile(rf"(?<=[\d}}])\s*(?:sq(?:uare|\.)?|cubic)?\s*(?:{_UNITS}
 _WHOLE_NUMBER = re.compile(r"[-+]?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\s*\\%)?")
 _SPACED_THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 _MIXED_NUMBER = re.compile(r"^([-+]?\d+) (\d+)/(\d+)$")
+_POINT_ZERO = re.compile(r"^([-+]?[0-9]+)\.0+$")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,300}")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z\s'.,()-]*")
@@ -120,7 +121,7 @@ def tidy(answer: str) -> str:
             text = head
     if _WHOLE_NUMBER.fullmatch(text):
         text = text.replace(",", "")
-    return text
+    return _POINT_ZERO.sub(r"\1", text)
 
 
 def _is_list(text: str) -> bool:

@@ -22,9 +22,14 @@ from protocol.errors import DeadlineExceeded, InfrastructureFault
 
 _START_DEADLINE_S = 60.0
 """A start takes half a second of processor time."""
-_LEASE_DEADLINE_S = 900.0  # questions are bounded by minutes; a longer wait means that leases leak
+_QUESTIONS_AHEAD = 10  # hung ones that may stand before a question in the queue; a longer wait means that leases leak
 _END_DEADLINE_S = 10.0  # a process whose stream ended, or that got SIGKILL, is gone at once
 _QUESTIONS_PER_PROCESS = 5000  # sympy's caches are bounded but not small; a fresh start costs less than 0.1 ms a question
+
+
+def _wall_limit_s(cpu_s: float) -> float:
+    """How long a question may take on a machine so busy that its process hardly runs."""
+    return 30.0 + 20.0 * cpu_s
 
 
 class WorkerDied(InfrastructureFault):
@@ -46,7 +51,7 @@ class Worker:
         self.num_questions = 0
         self._cpu_s = cpu_s
         # The processor-time limit ends a hung question; the wall limit is for a process that gets no processor at all.
-        self._wall_s = 30.0 + 20.0 * cpu_s
+        self._wall_s = _wall_limit_s(cpu_s)
         self._connection, theirs = socket.socketpair()
         arguments = [str(theirs.fileno()), str(os.getpid()), str(cpu_s), str(memory_bytes)]
         try:
@@ -157,8 +162,9 @@ class MathWorkers:
 
     def _ask_once(self, references: Sequence[str], answers: Sequence[str]) -> Verdict:
         with self._changed:
-            if not self._changed.wait_for(lambda: self._closed or self._leases < self._num_workers, _LEASE_DEADLINE_S):
-                raise DeadlineExceeded(f"no judge of mathematics became idle within {_LEASE_DEADLINE_S:.0f} s; {self._leases} are busy")
+            deadline_s = _QUESTIONS_AHEAD * _wall_limit_s(self._cpu_s)
+            if not self._changed.wait_for(lambda: self._closed or self._leases < self._num_workers, deadline_s):
+                raise DeadlineExceeded(f"no judge of mathematics became idle within {deadline_s:.0f} s; {self._leases} are busy")
             self._refuse_if_closed()
             self._leases += 1
             worker = self._idle.pop() if self._idle else None
@@ -176,7 +182,11 @@ class MathWorkers:
 
     def _start(self) -> Worker:
         try:
-            worker = self._keeper.submit(Worker, self._cpu_s, self._memory_bytes).result(_START_DEADLINE_S)
+            started = self._keeper.submit(Worker, self._cpu_s, self._memory_bytes)
+            worker = started.result(_START_DEADLINE_S)
+        except TimeoutError:
+            started.add_done_callback(lambda late: late.result().close())
+            raise InfrastructureFault(f"a judge of mathematics was not started within {_START_DEADLINE_S:g} s") from None
         except (OSError, RuntimeError) as error:
             raise InfrastructureFault(f"a judge of mathematics cannot be started: {error}") from error
         with self._changed:

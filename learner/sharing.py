@@ -23,8 +23,8 @@ Units = list[list[int]]
 SHARED_LONGEST = 1024
 """Longest sample in tokens for which layout `auto` shares prompts on a CPU."""
 
-BLOCK_ROWS = 32
-"""Completions in one attention block: few enough that sorted neighbours are of about one length."""
+BLOCK_SCORES = 2**18
+"""Products of queries and keys in one attention block, for each head: few enough for the cache and for rows of about one length."""
 
 
 def plan_shared(samples: Sequence[TrainSample], useful: Sequence[int], budget: int, ranks: int, rank: int) -> list[Units]:
@@ -86,10 +86,8 @@ def build_shared(weighted: Weighted, units: Units) -> MicroBatch:
         trained = np.flatnonzero(s.loss_mask)
         hidden.append(np.where(trained == 0, prompt_starts[u] + len(s.prompt_ids) - 1, start + trained - 1))
 
-    blocks = [_prompt_block(prompt_starts, prompt_lengths)]
-    order = [int(i) for i in np.argsort(-own_lengths, kind="stable") if own_lengths[i]]
-    for first in range(0, len(order), BLOCK_ROWS):
-        rows = np.array(order[first : first + BLOCK_ROWS])
+    blocks = [_prompt_block(prompt_starts[rows], prompt_lengths[rows]) for rows in _rows(prompt_lengths, prompt_lengths)]
+    for rows in _rows(own_lengths, own_lengths + prompt_lengths[unit_of]):
         of = unit_of[rows]
         blocks.append(_completion_block(prompt_starts[of], prompt_lengths[of], own_starts[rows], own_lengths[rows]))
     return MicroBatch(
@@ -99,6 +97,17 @@ def build_shared(weighted: Weighted, units: Units) -> MicroBatch:
         blocks=tuple(blocks),
         **flat_arrays(weighted, places),
     )
+
+
+def _rows(queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Rows of each block: those with queries, the longest first, until a block holds BLOCK_SCORES."""
+    order = [int(i) for i in np.argsort(-queries, kind="stable") if queries[i]]
+    blocks = []
+    while order:
+        count = max(1, BLOCK_SCORES // int(queries[order[0]] * keys.max()))
+        blocks.append(np.array(order[:count]))
+        order = order[count:]
+    return blocks
 
 
 def _prompt_block(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Block:

@@ -58,6 +58,7 @@ _MIXED_NUMBER = re.compile(r"^([-+]?\d+) (\d+)/(\d+)$")
 _POINT_ZERO = re.compile(r"^([-+]?[0-9]+)\.0+$")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,300}")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*")
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z\s'.,()-]*")
 
 
@@ -136,16 +137,20 @@ def key(tidied: str) -> str:
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"\\sqrt([^{}\\\[])", r"\\sqrt{\1}", text)
     if is_words(tidied):
-        return re.sub(r"[().']", "", text).casefold()
+        words = re.sub(r"[().']|\\[{}]", "", text).casefold()
+        return words if "(" in text else ",".join(sorted(words.split(",")))  # a list of names, as of roots, has no order
     return re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
 
 
 def is_words(tidied: str) -> bool:
     """Whether an answer is words or a choice, which computer algebra would take for a product of letters."""
-    plain = _TEXT.sub(r"\1", tidied).strip().strip("{}")
+    plain = _TEXT.sub(r"\1", tidied).strip()
+    if _CHOICES.fullmatch(plain.removeprefix("\\{").removesuffix("\\}").strip()):
+        return True
+    plain = plain.strip("{}")
     if not _LETTERS.fullmatch(plain.lstrip("(")):
         return False
-    return plain != tidied.strip() or len(re.sub(r"[^A-Za-z]", "", plain)) >= 3 or bool(re.fullmatch(r"\(?[A-Z]\)?", plain))
+    return plain != tidied.strip() or len(re.sub(r"[^A-Za-z]", "", plain)) >= 3
 
 
 def are_other_integers(left: str, right: str) -> bool:

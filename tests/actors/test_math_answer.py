@@ -79,7 +79,7 @@ def test_gsm8k_solutions_are_right_answers(reward: MathAnswer, name: str, number
         value = solution.rpartition("####")[2].strip()
         for completion in (solution, f"#### ${value}", f"\\boxed{{{value} \\text{{ dollars}}}}", f"#### {value.replace(',', '')}.00"):
             assert score(reward, solution, completion).passed, (value, completion)
-        assert score(reward, solution, f"#### -{value}").status == "wrong_answer"
+        assert score(reward, solution, f"#### {value}1").status == "wrong_answer"
 
 
 def test_algebra_alone_finds_each_reference_equal_to_itself(reward: MathAnswer) -> None:

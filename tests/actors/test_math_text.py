@@ -88,6 +88,7 @@ SAME = [
     ("(1,2)", "\\left( 1, 2 \\right)", "\\bigl(1,\\,2\\bigr)"),
     ("\\text{Evelyn}", "Evelyn", "evelyn", "\\mathrm{Evelyn}", "\\text{ Evelyn }"),
     ("\\text{(C)}", "C", "(C)", "\\textbf{C}"),
+    ("\\text{A, B}", "A,B", "\\text{A}, \\text{B}", "B, A", "\\{B, A\\}"),
     ("0.5", ".5"),
     ("3\\sqrt{2}", "3\\sqrt2", "3√2"),
     ("50\\%", "50%", "50 \\%", "50\\text{ percent}", "50 percent"),
@@ -106,6 +107,7 @@ DIFFERENT = [
     ("1234", "12,34"),
     ("\\text{A}", "\\text{AB}"),
     ("-5", "5"),
+    ("(A,B)", "(B,A)"),
 ]
 
 

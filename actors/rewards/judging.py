@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from actors.rewards.problems import Asserts, Cases, Interaction, JudgeProgram, Problem, Subtasks, Test
+from actors.rewards import cpp_asserts
+from actors.rewards.problems import Asserts, Cases, CppAsserts, Interaction, JudgeProgram, Problem, Subtasks, Test
 from actors.sandbox import Execution, Limits, wire
 from actors.sandbox.checkers import CHECKERS, Checker
 from actors.sandbox.checkers.programs import CONVENTIONS, CheckerFailed, Convention, check_output, equip, read_verdict
-from actors.sandbox.conversation import judge_calls, run_communication, run_interactive
+from actors.sandbox.conversation import judge_calls, run_communication, run_interactive, run_joined
 from actors.sandbox.execution import Program
 from actors.sandbox.languages import LANGUAGES, CompileError, Language
 from actors.sandbox.runner import Sandbox
@@ -98,6 +100,8 @@ class Bench:
         if isinstance(form, Asserts | Cases):
             return self._calls(source, problem, form, limits, rules)
         language = self.language(problem.language, problem)
+        if isinstance(form, CppAsserts):
+            return self._cpp_calls(source, language, problem, form, limits)
         if isinstance(form, Subtasks):
             if form.files and not language.takes_files:
                 raise problem.error("grader_files", f"{problem.language} cannot be compiled together with other files")
@@ -182,6 +186,25 @@ class Bench:
         judgement.note(execution)
         for verdict, why in verdicts:
             judgement.add(verdict, why, Execution(outcome="ok"))
+        return judgement
+
+    def _cpp_calls(self, source: str, language: Language, problem: Problem, form: CppAsserts, limits: Limits) -> Judgement:
+        try:
+            tests = language.prepare(cpp_asserts.tests_source(form.prompt, form.tests), self.sandbox, cpp_asserts.HEADER)
+        except CompileError as error:
+            raise problem.error("tests", f"do not compile: {first_error(error.execution.stderr)}") from None
+        program = language.prepare(cpp_asserts.judged_source(form.prompt, source, form.function), self.sandbox, cpp_asserts.HEADER)
+        execution, judging = run_joined(self.sandbox.pool, program, tests, limits)
+        judgement = Judgement(num_tests=1)
+        if judging.outcome == "ok":
+            verdict, why = "accepted", ""
+        elif judging.exit_code == cpp_asserts.GONE:
+            verdict = "runtime_error" if execution.outcome in ("ok", "runtime_error") else execution.outcome
+            why = last_line(execution.stderr) or "the program ended before it answered"
+        else:
+            verdict = "wrong_answer" if judging.exit_code == -signal.SIGABRT else judging.outcome
+            why = last_line(judging.stderr)
+        judgement.add(verdict, why, execution)
         return judgement
 
     def _interaction(self, program: Program, problem: Problem, form: Interaction, limits: Limits, rules: Rules) -> Judgement:

@@ -7,6 +7,7 @@
 | LiveCodeBench | `public_test_cases`, `private_test_cases`: JSON text of [{"input", "output", "testtype"}]; `metadata` with `func_name` |
 | HumanEval | `prompt`, `entry_point`, `test` with check(candidate) |
 | MBPP | `test_list`, `test_setup_code` |
+| MultiPL-E, C++ | `language`: cpp, `prompt`, `tests`: a main with asserts on `candidate` |
 | interactive | `tests`, `interactor_source`, `interactor_language`, `interactor_convention` |
 | IOI | `subtasks`: [{"points", "tests"}], `grader_files`: {name: text}, `manager_source`, `num_processes` |
 | LeetCode | `tests`: {"functional": source that calls check(Solution().method)} |
@@ -28,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.rewards.cpp_asserts import function_name
 from protocol.errors import DataError
 
 _KNOWN_TO_TESTS = {"list_node", "tree_node", "is_same_list", "is_same_tree", "ListNode", "TreeNode", "inf", "nan"}
@@ -70,6 +72,15 @@ class Cases:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CppAsserts:
+    """A `main` that asserts what `candidate`, the function of the prompt, returns."""
+
+    prompt: str
+    tests: str
+    function: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeProgram:
     """A program that came with the data and judges: a checker, an interactor or a manager."""
 
@@ -100,7 +111,7 @@ class Subtasks:
     num_processes: int
 
 
-Form = tuple[Test, ...] | Asserts | Cases | Interaction | Subtasks
+Form = tuple[Test, ...] | Asserts | Cases | CppAsserts | Interaction | Subtasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +135,7 @@ class Problem:
 
 def parse_problem(line: Mapping[str, Any]) -> Problem:
     """The problem of a dataset line. Raises DataError."""
-    problem_id = str(line.get("id", line.get("task_id", line.get("question_id", "without id"))))
+    problem_id = str(line.get("id", line.get("task_id", line.get("question_id", line.get("name", "without id")))))
     reader = _Reader(problem_id)
     return Problem(
         problem_id=problem_id,
@@ -198,6 +209,8 @@ class _Reader:
             return self._humaneval(line)
         if line.get("test_list"):
             return self._mbpp(line)
+        if line.get("language") == "cpp" and isinstance(line.get("tests"), str) and (function := function_name(line["tests"])):
+            return CppAsserts(prompt=self.text(line, "prompt", ""), tests=line["tests"], function=function)
         tests = self.unpacked(line, "tests") if line.get("tests") else None
         if isinstance(tests, Mapping) and "functional" in tests:
             source = self.text(tests, "functional", "")

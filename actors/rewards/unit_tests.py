@@ -6,6 +6,7 @@ of the first test that failed. Waits for: cells of its own sandbox. Expected out
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from actors.rewards.problems import Problem, parse_problem
 from actors.sandbox import MIB, Limits
 from actors.sandbox.languages import CompileError
 from protocol.errors import ConfigError
+
+_PROBLEMS_KEPT = 64  # parsed; a reward actor works on a few groups at a time
 
 
 class Options(BaseModel):
@@ -64,13 +67,15 @@ class UnitTests:
             raise ConfigError(f"reward unit_tests, option {place!r}: {first['msg']}") from None
         self._bench = Bench(self._options.cells)
         self.sandbox = self._bench.sandbox
+        self._problems: dict[str, tuple[Mapping[str, Any], Problem]] = {}
+        self._lock = threading.Lock()
         self._rules = Rules(
             stop=self._options.score == "sparse", max_tests=self._options.max_tests, budget_s=self._options.problem_budget_s
         )
 
     def score(self, sample: Sample) -> Score:
         """Raises DataError for a problem that cannot be judged and InfrastructureFault when the sandbox broke."""
-        problem = parse_problem(sample.problem)
+        problem = self._parsed(sample.problem)
         language = self._bench.language(problem.language, problem)
         source = extract_program(sample.completion, language.fences, self._options.fence)
         if source is None:
@@ -84,6 +89,19 @@ class UnitTests:
     def close(self) -> None:
         """End every process of the sandbox."""
         self.sandbox.close()
+
+    def _parsed(self, line: Mapping[str, Any]) -> Problem:
+        """The problem of a line, kept for the other samples of its group. Raises DataError."""
+        name = str(line.get("id", line.get("task_id")))
+        with self._lock:
+            kept = self._problems.get(name)
+        if kept is None or kept[0] != line:
+            kept = (line, parse_problem(line))
+            with self._lock:
+                self._problems[name] = kept
+                if len(self._problems) > _PROBLEMS_KEPT:
+                    del self._problems[next(iter(self._problems))]
+        return kept[1]
 
     def _limits(self, problem: Problem) -> Limits:
         options = self._options

@@ -57,7 +57,7 @@ def enter_namespaces(trees: Sequence[str], packages: Mapping[str, str]) -> None:
     os.close(processes)
     first = os.fork()
     if first:
-        linux.close_from(0)
+        linux.close_range(0)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF)
     linux.die_with_parent()
     if not built:

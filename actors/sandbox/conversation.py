@@ -70,6 +70,28 @@ def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limit
     return verdicts, execution, suspect
 
 
+def run_joined(pool: CellPool, candidate: Program, judge: Program, limits: Limits) -> tuple[Execution, Execution]:
+    """Let two programs share a socket, which both have as descriptor 3. Returns both executions. Raises InfrastructureFault."""
+    with pool.lease(2) as cells:
+        try:
+            judged, judging, suspect = _join_once(cells, candidate, judge, limits)
+            if not suspect:
+                return judged, judging
+        except CellError:
+            for cell in list(cells):
+                pool.replace(cells, cell)
+        return _join_once(cells, candidate, judge, limits)[:2]
+
+
+def _join_once(cells: Sequence[Cell], candidate: Program, judge: Program, limits: Limits) -> tuple[Execution, Execution, bool]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        judged = Running(cells[0], candidate, b"", limits, extras=[theirs.fileno()])
+        patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
+        judging = Running(cells[1], judge, b"", patience, extras=[ours.fileno()])
+    return converse(judged, judging, limits)
+
+
 def run_interactive(pool: CellPool, candidate: Program, interactor: Program, limits: Limits) -> tuple[Execution, Execution, bool]:
     """Let a program talk to its interactor: each one's stdout is the other's stdin.
 

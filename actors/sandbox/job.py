@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from actors.sandbox import asserts, calls, interpreter, linux, wire
 from actors.sandbox.linux import SeccompFilter
+from actors.sandbox.seccomp import PROGRAM
 
 _RESERVE_BYTES = 64 << 20  # address space of the zygote and of shared libraries, on top of what the program may use
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
@@ -49,7 +50,9 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         is_python = job.kind != wire.NATIVE
         source = _read_all(descriptors[0]) if is_python else b""
         num_streams = len(descriptors) - len(job.files)
-        kept = descriptors[1:num_streams] if is_python else [*descriptors[1:num_streams], descriptors[0]]
+        kept = descriptors[1:num_streams]
+        if not is_python:
+            os.dup2(descriptors[0], PROGRAM, inheritable=False)
         _place(kept)
         _limit(job)
         os.chdir(tmp)
@@ -61,8 +64,7 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         seccomp.install()
         started[0] = 1
         if job.kind == wire.NATIVE:
-            os.set_inheritable(len(kept) - 1, False)
-            linux.exec_descriptor(len(kept) - 1, ["./solution", *job.arguments], ENVIRONMENT)
+            linux.exec_descriptor(PROGRAM, ["./solution", *job.arguments], ENVIRONMENT)
     except BaseException as error:
         started[0] = 0
         os.write(2, repr(error).encode())
@@ -108,13 +110,15 @@ def _place(descriptors: list[int]) -> None:
         descriptors = [os.dup2(descriptor, _STAGE + target) for target, descriptor in enumerate(descriptors)]
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
-    linux.close_from(len(descriptors))
+    linux.close_range(len(descriptors), PROGRAM - 1)
+    linux.close_range(PROGRAM + 1)
 
 
 def _limit(job: wire.Job) -> None:
     seconds = -(-int(job.cpu_s * 1e6) // 1_000_000)
     space = job.memory_bytes + _RESERVE_BYTES
     # soft below hard: SIGXCPU then says without doubt that it was the processor time
+    resource.setrlimit(resource.RLIMIT_NOFILE, (PROGRAM, PROGRAM))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_FSIZE, (job.output_bytes, job.output_bytes))

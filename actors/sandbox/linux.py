@@ -117,9 +117,9 @@ def raw_fork() -> int:
     return int(_libc_with_gil.fork())
 
 
-def close_from(first: int) -> None:
-    """Close every descriptor from `first` on (close_range(2))."""
-    _syscall(_SYS_CLOSE_RANGE, "close_range", ctypes.c_uint(first), ctypes.c_uint(0xFFFF_FFFF), 0)
+def close_range(first: int, last: int = 0xFFFF_FFFF) -> None:
+    """Close every descriptor from `first` to `last` (close_range(2))."""
+    _syscall(_SYS_CLOSE_RANGE, "close_range", ctypes.c_uint(first), ctypes.c_uint(last), 0)
 
 
 def exec_descriptor(descriptor: int, arguments: list[str], environment: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ EPERM and not a kill, because a program that merely asks (a thread library probi
 costs about 0.1 % random failures. Three filters, from one table:
 
 single    one process with threads; runs Python.
-native    the same and execve, for the one exec of a compiled program (it gains nothing by another: no_new_privs, no new process).
+native    the same and execveat of the one descriptor PROGRAM, which is closed by the exec and can never be opened again.
 compiler  may fork, exec and wait; runs compilers, never candidates.
 
 Written for x86-64. Source of the calling convention and of the return values: seccomp(2), linux/filter.h, linux/audit.h.
@@ -41,10 +41,12 @@ _ALLOWED = {
     "epoll_create1": 291, "dup3": 292, "pipe2": 293, "getcpu": 309, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334,
     "close_range": 436, "faccessat2": 439,
 }  # fmt: skip
-_EXEC = {"execve": 59, "execveat": 322}
-_PROCESSES = {"fork": 57, "vfork": 58, "wait4": 61, "waitid": 247, "link": 86, "symlink": 88, "chmod": 90, "fchmod": 91, "setrlimit": 160,
-              "fchmodat": 268, "utimensat": 280, "fallocate": 285, "sendfile": 40}  # fmt: skip
-_CLONE, _CLONE3, _KILL, _TGKILL, _IOCTL, _FCNTL, _PRLIMIT, _SOCKETPAIR = 56, 435, 62, 234, 16, 72, 302, 53
+_PROCESSES = {"fork": 57, "vfork": 58, "execve": 59, "wait4": 61, "waitid": 247, "link": 86, "symlink": 88, "chmod": 90, "fchmod": 91,
+              "setrlimit": 160, "fchmodat": 268, "utimensat": 280, "fallocate": 285, "sendfile": 40}  # fmt: skip
+_CLONE, _CLONE3, _KILL, _TGKILL, _IOCTL, _FCNTL, _PRLIMIT, _SOCKETPAIR, _EXECVEAT = 56, 435, 62, 234, 16, 72, 302, 53, 322
+
+PROGRAM = 250
+"""Descriptor of a compiled program. It lies above RLIMIT_NOFILE of the job, so none can be opened there."""
 
 _CLONE_THREAD = 0x1_0000
 _NEW_NAMESPACES = 0x7E02_0080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME
@@ -108,8 +110,6 @@ def _search(ranges: list[tuple[int, int]]) -> bytes:
 def build(*, may_exec: bool = False, may_fork: bool = False, may_signal: bool = True, own_pid: int | None = None) -> SeccompFilter:
     """A filter. Where no pid namespace hides other processes, `own_pid` binds signals to one process, or `may_signal` is False."""
     numbers = set(_ALLOWED.values())
-    if may_exec or may_fork:
-        numbers |= set(_EXEC.values())
     if may_fork:
         numbers |= set(_PROCESSES.values())
     head = _step(_LOAD, 4) + _step(_EQUAL, _AUDIT_ARCH, 1, 0) + _step(_RETURN, _KILL_PROCESS)
@@ -121,6 +121,8 @@ def build(*, may_exec: bool = False, may_fork: bool = False, may_signal: bool = 
         special += _when(_CLONE, refused + _step(_RETURN, _ALLOW))
     else:
         special += _when(_CLONE, refused + _step(_ANY_BIT, _CLONE_THREAD, 0, 1) + _step(_RETURN, _ALLOW) + _step(_RETURN, _DENY))
+    if may_exec:
+        special += _when(_EXECVEAT, _only(0, [PROGRAM]))
     signals = _only(0, [own_pid]) if own_pid is not None else _step(_RETURN, _ALLOW if may_signal else _DENY)
     special += _when(_KILL, signals) + _when(_TGKILL, signals)
     special += _when(_IOCTL, _only(1, _HARMLESS_IOCTLS)) + _when(_FCNTL, _none_of(1, _HARMFUL_FCNTLS))

@@ -33,8 +33,10 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "clone and clone3": attempt("syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0) < 0 && syscall(435, 0, 0) < 0"),
     "run a shell": attempt('system("true") != 0 && popen("true", "r") == nullptr'),
     "exec another program": body(
-        'char* a[] = {(char*)"/usr/bin/env", (char*)"printf", (char*)"SAFE\\n", nullptr}; char* e[] = {nullptr}; execve(a[0], a, e); puts("SAFE");',
-        "runtime_error",
+        'char* a[] = {(char*)"/usr/bin/env", (char*)"printf", (char*)"BROKEN\\n", nullptr}; char* e[] = {nullptr}; execve(a[0], a, e);'
+        ' syscall(SYS_execveat, AT_FDCWD, a[0], a, e, 0); int f = open(a[0], O_RDONLY); syscall(SYS_execveat, f, "", a, e, AT_EMPTY_PATH);'
+        ' verdict(f >= 0 && dup2(f, 250) < 0);',
+        "ok",
     ),
     "kill the zygote": attempt("(kill(1, SIGKILL), kill(1, SIGINT), kill(1, SIGTERM), kill(getppid(), SIGSEGV), true)"),
     "trace the zygote": attempt("ptrace(PTRACE_ATTACH, getppid(), 0, 0) < 0 && ptrace(PTRACE_TRACEME, 0, 0, 0) < 0"),
@@ -53,7 +55,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "spin deaf": body("for (int n = 1; n < 65; n++) signal(n, SIG_IGN); for (volatile long i = 0;; i = i + 1) {}", "time_limit"),
     "spin in threads": body(
         "vector<thread> t; for (int k = 0; k < 4; k++) t.emplace_back([] { for (volatile long i = 0;; i = i + 1) {} }); for (auto& x : t) x.join();",
-        "time_limit",
+        "time_limit|runtime_error",
     ),
     "spin before main": (_HEAD + "struct A { A() { for (volatile long i = 0;; i = i + 1) {} } } a;\nint main() {}", "time_limit"),
     "sleep": body("sleep(1000);", "time_limit"),
@@ -63,7 +65,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "hoard with mmap": body(
         "for (;;) if (mmap(0, 1 << 26, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED) return verdict(true);", "ok"
     ),
-    "endless recursion": (_HEAD + "int f(int n) { volatile char c[4096]; c[0] = n; return f(n + 1) + c[0]; }\nint main() { return f(0); }", "runtime_error"),
+    "endless recursion": (_HEAD + "int f(int n) { volatile char c[4096]; c[0] = n; return f(n + 1) + c[0]; }\nint main() { return f(0); }", "runtime_error|memory_limit"),
     "flood stdout": body('string s(1 << 16, \'x\'); for (;;) fwrite(s.data(), 1, s.size(), stdout);', "output_limit"),
     "flood stderr": body('string s(1 << 16, \'x\'); for (;;) fwrite(s.data(), 1, s.size(), stderr);', "output_limit"),
     "flood deaf": body('signal(SIGXFSZ, SIG_IGN); string s(1 << 16, \'x\'); while (write(1, s.data(), s.size()) > 0) {}', "output_limit"),
@@ -75,13 +77,13 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "null pointer": body("*(volatile int*)0 = 1;", "runtime_error"),
     "uncaught exception": body('throw runtime_error("x");', "runtime_error"),
     "abort": body("abort();", "runtime_error"),
-    "divide by zero": body("volatile int z = 0; return 1 / z;", "runtime_error"),
+    "divide by zero": body("volatile int a = 7, z = 0; return a / z;", "runtime_error"),
     "executable memory": body(
         "auto p = (unsigned char*)mmap(0, 4096, 7, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); if (p == MAP_FAILED) return verdict(true);"
         " p[0] = 0xb8; p[1] = 57; p[2] = p[3] = p[4] = 0; p[5] = 0x0f; p[6] = 5; p[7] = 0xc3; return verdict(((long (*)())p)() < 0);",
         "ok",
     ),
-    "fill tmp": body('FILE* f = fopen("/tmp/x", "w"); string s(1 << 16, \'x\'); while (f && fwrite(s.data(), 1, s.size(), f) == s.size()) {} return verdict(true);', "ok"),
+    "fill tmp": body('FILE* f = fopen("/tmp/x", "w"); string s(1 << 16, \'x\'); while (f && fwrite(s.data(), 1, s.size(), f) == s.size()) {} return verdict(true);', "output_limit"),
 }  # fmt: skip
 
 COMPILE_BOMBS: dict[str, str] = {

@@ -9,6 +9,7 @@ import gzip
 import json
 import random
 import re
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 import pytest
 
 from actors.rewards import Sample, Score
+from actors.rewards.fences import extract_program
 from actors.rewards.unit_tests import UnitTests
+from actors.sandbox.languages.cpp import Cpp
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data"
 SAMPLE = 12
@@ -108,3 +111,52 @@ def test_a_sample_of_the_set(reward: UnitTests, name: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_the_whole_set(reward: UnitTests, name: str) -> None:
     judge(reward, SETS[name]())
+
+
+def _cpp_lines() -> list[Problem]:
+    if missing := Cpp().missing():
+        pytest.skip(missing)
+    return _lines("humaneval_cpp.jsonl")
+
+
+def plain_gxx_accepts(line: Problem, directory: Path) -> bool:
+    """Whether g++ compiles the model-written solution with the tests behind it, and the program ends with 0."""
+    source = extract_program(line["gpt_solution"], Cpp.fences, "required") or ""
+    tests = line["tests"].strip().removeprefix("}")
+    text = f"#include <assert.h>\n#include <bits/stdc++.h>\n#define main own_main\n{source}\n#undef main\n{tests}"
+    program = directory / "program"
+    command = ["g++", "-std=c++17", "-O2", "-w", "-x", "c++", "-", "-o", str(program)]
+    if subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False).returncode:
+        return False
+    return subprocess.run([program], capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def judge_cpp(reward: UnitTests, lines: list[Problem], directory: Path) -> None:
+    for line in lines:
+        score = reward.score(Sample(problem=line, completion=line["gpt_solution"], truncated=False))
+        assert score.passed is plain_gxx_accepts(line, directory), (line["name"], score)
+
+
+CPP_CHEATS = {
+    "exits": "{signature} {{ exit(0); }}",
+    "exits before main": "struct A {{ A() {{ _exit(0); }} }} a;\n{signature} {{ abort(); }}",
+    "no asserts": "#undef assert\n#define assert(x)\n#define abort() exit(0)\n{signature} {{ return {{}}; }}",
+    "never fails": "#include <signal.h>\nstruct A {{ A() {{ signal(SIGABRT, [](int) {{ _exit(0); }}); }} }} a;\n{signature} {{ abort(); }}",
+}
+
+
+def test_cpp_solutions_and_cheats(reward: UnitTests, tmp_path: Path) -> None:
+    lines = _cpp_lines()
+    judge_cpp(reward, [line for line in lines if line["name"] in ("HumanEval_3_below_zero", "HumanEval_22_filter_integers")], tmp_path)
+    line = next(line for line in lines if line["name"] == "HumanEval_3_below_zero")
+    signature = line["prompt"].rstrip().splitlines()[-1].removesuffix("{")
+    for name, template in CPP_CHEATS.items():
+        text = f"```cpp\n#include <bits/stdc++.h>\n#include <unistd.h>\n{template.format(signature=signature)}\n```"
+        score = reward.score(Sample(problem=line, completion=text, truncated=False))
+        assert not score.passed and score.status in ("wrong_answer", "runtime_error"), (name, score)
+
+
+@pytest.mark.slow
+def test_the_whole_cpp_set(reward: UnitTests, tmp_path: Path) -> None:
+    """C++ HumanEval with model-written solutions: the same are accepted as by a plain g++ run."""
+    judge_cpp(reward, [line for line in _cpp_lines() if "std::nullopt f3" not in line["prompt"]], tmp_path)

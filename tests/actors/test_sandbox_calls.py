@@ -192,7 +192,7 @@ def _types(value: Any) -> Any:
 
 @hypothesis.given(PLAIN)
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_plain_data_survives_the_wire(value: object) -> None:
+def test_property_plain_data_survives_the_wire(value: object) -> None:
     back = Decoder().decode(json.loads(to_json(encode(value))))
     assert back == value and _types(back) == _types(value)
 
@@ -201,7 +201,7 @@ def test_plain_data_survives_the_wire(value: object) -> None:
     st.recursive(st.none() | st.integers() | st.text() | st.floats(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_whatever_is_received_is_decoded_or_refused(data: Any) -> None:
+def test_property_whatever_is_received_is_decoded_or_refused(data: Any) -> None:
     try:
         Decoder().decode(data)
     except values.NotPlain:

@@ -57,7 +57,7 @@ PROGRAMS = {
         endless_compile=(
             "template <int N> struct F { static constexpr long v = F<N - 1>::v + F<N - 2>::v * 0 + N; };\n"
             "constexpr long f(long n) { long s = 0; for (long i = 0; i < n; ++i) s += i; return s; }\n"
-            "template <long N> struct G { static constexpr long v = f(200000) + G<N - 1>::v; };\n"
+            "template <long N> struct G { static constexpr long v = f(200000 + N) + G<N - 1>::v; };\n"
             "template <> struct G<0> { static constexpr long v = 0; };\nint main() { return G<800>::v; }"
         ),
     ),

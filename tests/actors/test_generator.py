@@ -167,7 +167,7 @@ def test_weights_that_fail_twice_in_a_row_end_the_actor(scene: Scene) -> None:
     scene.publish(0, damaged=True)
     scene.publish(1, damaged=True)
     scene.ring.until(lambda: scene.role.error is not None, "the actor ends")
-    with pytest.raises(WeightsError, match="2 loads in a row failed, the last: .* differs from its manifest"):
+    with pytest.raises(WeightsError, match=r"2 loads in a row failed, the last: .* differs from its manifest"):
         raise scene.role.error or AssertionError
 
 

@@ -97,7 +97,9 @@ def test_two_ranks_over_tcp_give_the_losses_of_one(config: dict[str, Any], start
         losses.append([r["train/loss"] for r in records(run) if "train/loss" in r])
     assert len(losses[0]) == 3
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3, atol=1e-6, err_msg="later iterations sample from weights that differ by rounding")
+    np.testing.assert_allclose(
+        losses[0], losses[1], rtol=1e-3, atol=1e-6, err_msg="later iterations sample from weights that differ by rounding"
+    )
 
 
 def test_faults_of_the_judge_never_become_scores(config: dict[str, Any], start: Callable[..., Run]) -> None:

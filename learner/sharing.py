@@ -21,7 +21,7 @@ Units = list[list[int]]
 """Samples (places) that share a prompt, for each prompt."""
 
 SHARED_LONGEST = 1024
-"""Longest sample in tokens for which layout `auto` shares prompts on a CPU."""
+"""Longest sample in tokens for which layout `auto` shares prompts on a CPU. Measured up to 400 only, where it is well ahead."""
 
 BLOCK_SCORES = 2**18
 """Products of queries and keys in one attention block, for each head: few enough for the cache and for rows of about one length."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int, dtype: str, rep
     temperature_T = torch.ones(tokens)
     if way == "again":
         logprobs.KEPT_BYTES = 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib()
     seconds = []
     for _ in range(repeats):
         started = time.process_time()
@@ -48,8 +47,7 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int, dtype: str, rep
         logprobs_T.sum().backward()  # type: ignore[no-untyped-call]
         hidden_TD.grad = weight_VD.grad = None
         seconds.append(time.process_time() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": min(seconds), "bytes": peak * 1024.0}
+    return {"seconds": min(seconds), "bytes": (peak_kib() - before) * 1024.0}
 
 
 def in_child(way: str, tokens: int, hidden: int, vocabulary: int, dtype: str, repeats: int = 3) -> dict[str, float]:
@@ -65,6 +63,12 @@ def in_child(way: str, tokens: int, hidden: int, vocabulary: int, dtype: str, re
     )
     found: dict[str, float] = json.loads(done.stdout)
     return found
+
+
+def peak_kib() -> int:
+    """Largest resident set of this program in KiB. Not ru_maxrss, which a child has from its parent at the start."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def free_bytes() -> int:

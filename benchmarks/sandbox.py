@@ -5,7 +5,8 @@ Prints executions per CPU-second of all processes involved (owner, zygote, progr
     sandbox      one job per execution: namespaces, seccomp, limits, checked clean (`Sandbox.run`)
     series       a problem of 15 tests by `Sandbox.run_each`, as the reward runs it
     fresh        `python -I -S file.py`, no isolation
-    in-process   the common checker: one multiprocessing.Process per problem that runs `exec` with patched builtins, one test each
+    in-process   the common checker, as the code of APPS, TACO and LiveCodeBench ships it: for each problem a multiprocessing.Manager
+                 for the result and a Process that imports the usual modules and runs `exec`; one test each
 
 CPU time and not wall time, because a machine that trains has no idle cores. Exits with 1 when a bound of BOUNDS is not met.
 """
@@ -60,7 +61,7 @@ def per_cpu_second(work: Callable[[int], None], number: int) -> float:
     return number / (cpu_seconds(pids) - start)
 
 
-def usual_checker(queue: multiprocessing.Queue[bool]) -> None:
+def usual_checker(result: list[bool]) -> None:
     """What the common in-process checkers do in their process: import a dozen modules, limit memory, exec, compare."""
     import bisect, collections, copy, datetime, functools, heapq, itertools, math, random, re, statistics, string  # noqa: E401, F401, I001
 
@@ -69,19 +70,20 @@ def usual_checker(queue: multiprocessing.Queue[bool]) -> None:
     sys.stdin = io.StringIO("1 2\n")
     with contextlib.redirect_stdout(out):
         exec(SOURCE, {"__name__": "__main__"})
-    queue.put(out.getvalue().split() == ["3"])
+    result.append(out.getvalue().split() == ["3"])
 
 
 def in_process(number: int) -> None:
-    """One multiprocessing.Process per problem."""
+    """One Manager and one Process per problem."""
     context = multiprocessing.get_context("fork")
     for _ in range(number):
-        queue: multiprocessing.Queue[bool] = context.Queue()
-        process = context.Process(target=usual_checker, args=(queue,))
-        process.start()
-        if not queue.get(timeout=30):
-            raise SystemExit("the in-process checker refused a right program")
-        process.join(30)
+        with context.Manager() as manager:
+            result = manager.list()
+            process = context.Process(target=usual_checker, args=(result,))
+            process.start()
+            process.join(30)
+            if list(result) != [True]:
+                raise SystemExit("the in-process checker refused a right program")
 
 
 def main() -> int:

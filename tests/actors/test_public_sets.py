@@ -23,7 +23,7 @@ from actors.rewards.unit_tests import UnitTests
 from actors.sandbox.languages.cpp import Cpp
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data"
-SAMPLE = 12
+SAMPLE = 10
 ALWAYS_EQUAL = """class Yes:
     def __eq__(self, other): return True
     def __ne__(self, other): return False
@@ -145,15 +145,20 @@ CPP_CHEATS = {
 }
 
 
-def test_cpp_solutions_and_cheats(reward: UnitTests, tmp_path: Path) -> None:
-    lines = _cpp_lines()
-    judge_cpp(reward, [line for line in lines if line["name"] in ("HumanEval_3_below_zero", "HumanEval_22_filter_integers")], tmp_path)
-    line = next(line for line in lines if line["name"] == "HumanEval_3_below_zero")
+QUICK_CPP_CHEATS = ("exits before main", "no asserts")
+
+
+def test_a_cpp_solution(reward: UnitTests, tmp_path: Path) -> None:
+    judge_cpp(reward, [line for line in _cpp_lines() if line["name"] == "HumanEval_22_filter_integers"], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK_CPP_CHEATS else pytest.param(name, marks=pytest.mark.slow) for name in CPP_CHEATS])
+def test_cpp_cheats(reward: UnitTests, name: str) -> None:
+    line = next(line for line in _cpp_lines() if line["name"] == "HumanEval_3_below_zero")
     signature = line["prompt"].rstrip().splitlines()[-1].removesuffix("{")
-    for name, template in CPP_CHEATS.items():
-        text = f"```cpp\n#include <bits/stdc++.h>\n#include <unistd.h>\n{template.format(signature=signature)}\n```"
-        score = reward.score(Sample(problem=line, completion=text, truncated=False))
-        assert not score.passed and score.status in ("wrong_answer", "runtime_error"), (name, score)
+    text = f"```cpp\n#include <bits/stdc++.h>\n#include <unistd.h>\n{CPP_CHEATS[name].format(signature=signature)}\n```"
+    score = reward.score(Sample(problem=line, completion=text, truncated=False))
+    assert not score.passed and score.status in ("wrong_answer", "runtime_error"), score
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ class Cell:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = memory_file()
         self._deadline_s = 0.0
+        self.broken = False
+        """Set with every CellError: it must not be used again."""
         options = {
             "profile": profile,
             "owner": os.getpid(),
@@ -103,6 +105,7 @@ class Cell:
         try:
             self._control.sendmsg([job.pack()], rights)
         except OSError as error:
+            self.broken = True
             raise CellError(f"sandbox cell {self.pid} takes no job: {error}") from error
 
     def end_job(self) -> None:
@@ -110,18 +113,21 @@ class Cell:
         try:
             self._control.send(wire.END)
         except OSError as error:
+            self.broken = True
             raise CellError(f"sandbox cell {self.pid} is gone: {error}") from error
 
     def finish(self) -> wire.Report:
         """Block until the job has ended. Raises CellError when the cell died or fell silent."""
         packet = self._receive(self._deadline_s)
         if not packet:
+            self.broken = True
             raise CellError(f"sandbox cell {self.pid} died during a job: {self._stderr() or 'killed from outside'}")
         return wire.Report.unpack(packet)
 
     def _receive(self, deadline_s: float) -> bytes:
         readable, _, _ = select.select([self._control], [], [], max(0.0, deadline_s - time.monotonic()))
         if not readable:
+            self.broken = True
             raise CellError(f"sandbox cell {self.pid} said nothing until its deadline")
         try:
             return self._control.recv(1 << 12)

@@ -91,6 +91,7 @@ class Running:
             limit = self._limits.output_bytes
             stderr = os.pread(self._stderr, STDERR_BYTES, max(0, min(stderr_size, limit) - STDERR_BYTES))
             if not report.started:
+                self.cell.broken = True
                 raise CellError(f"sandbox cell {self.cell.pid} could not start a job: {stderr.decode(errors='replace')}")
             stdout = os.pread(self._stdout, min(stdout_size, limit), 0) if self._stdout_is_file else b""
         finally:

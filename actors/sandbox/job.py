@@ -190,6 +190,8 @@ def _compile(command: tuple[str, ...], tmp: str) -> int:
     words = [word.replace("OUT", out) for word in command]
     code = os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(words[0], words, ENVIRONMENT | {"TMPDIR": tmp}), 0)[1])
     if code == 0:
+        os.ftruncate(3, 0)  # an attempt on another cell may have begun to write
+        os.lseek(3, 0, os.SEEK_SET)
         with Path(out).open("rb") as program:
             while os.sendfile(3, program.fileno(), None, 1 << 24):
                 pass

@@ -123,9 +123,9 @@ class CellPool:
             self._here.leases -= 1
             self._busy.difference_update(cells)
             if not self._closed:  # what conversations of several cells needed is not all kept
-                kept = cells[: max(0, 2 * self.num_cells - len(self._idle))]
+                kept = [cell for cell in cells if not cell.broken][: max(0, 2 * self.num_cells - len(self._idle))]
                 self._idle += kept
-                cells = cells[len(kept) :]
+                cells = [cell for cell in cells if cell not in kept]
             self._changed.notify()
         for cell in cells:
             cell.close()

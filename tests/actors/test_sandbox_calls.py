@@ -32,7 +32,13 @@ LIVECODEBENCH = {
     "private_test_cases": '[{"input": "\\"a\\"", "output": "\\"aa\\"", "testtype": "functional"}]',
     "metadata": '{"func_name": "double"}',
 }
-LAYOUTS = {"HumanEval": HUMANEVAL, "MBPP": MBPP, "LeetCode": LEETCODE, "TACO": TACO, "LiveCodeBench": LIVECODEBENCH}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "HumanEval": HUMANEVAL,
+    "MBPP": MBPP,
+    "LeetCode": LEETCODE,
+    "TACO": TACO,
+    "LiveCodeBench": LIVECODEBENCH,
+}
 
 EQUAL_TO_ALL = """class Yes{base}:
     def __eq__(self, other): return True

@@ -193,6 +193,7 @@ def test_a_fork_that_fails_is_a_fault() -> None:
         assert sandbox.pool.cells_replaced == 1
         with pytest.raises(InfrastructureFault, match="could not start"):
             sandbox.run(python("print(1)"), limits=Limits(num_threads=-2))
+        assert not sandbox.pool.idle_cells()
         assert sandbox.run(python("print(1)")).stdout == b"1\n"
 
 

@@ -98,7 +98,7 @@ class LearnerSettings(_Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more work."
     )
-    collective_timeout_s: float = Field(default=600.0, gt=0, description="Longest wait of one rank for another.")
+    collective_timeout_s: float = Field(default=3600.0, gt=0, description="Longest wait of one rank for another.")
 
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="What turns a gradient into an update.")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="The learning rate over the run.")

@@ -13,7 +13,7 @@ from actors.rewards import REWARDS
 from protocol.errors import UnknownName
 from protocol.registry import check_name
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 
 
 def _known(name: str, table: Mapping[str, str], what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def stop_token_ids(model_dir: Path) -> list[int]:
 def context_length(model_dir: Path) -> int:
     """Most tokens that the model was built for: `max_position_embeddings` of config.json."""
     path = model_dir / "config.json"
-    if not path.is_file():
-        raise DataError(f"{model_dir}: no config.json; expected a Hugging Face model directory")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{model_dir}: no readable config.json; expected a Hugging Face model directory")
     limit = _read_object(path).get("max_position_embeddings")
     if not isinstance(limit, int) or limit < 1:
         raise DataError(f"{path}: max_position_embeddings is {limit!r}, expected the most tokens that the model was built for")

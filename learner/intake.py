@@ -195,6 +195,7 @@ class Intake:
             if isinstance(message, WeightsReady):
                 self._readers = {peer for peer in self._readers if self._weights.send(peer, message)}
             elif isinstance(message, Metrics):
+                self._node.observe(self._node.recorder.drain())  # first, so that the iteration's idle share counts all of it
                 self._node.observe(message)
             else:
                 for link in self._dispatchers.values():

@@ -182,6 +182,7 @@ class Leader:
         while not self._node.stopping:
             time.sleep(0.2)
         time.sleep(STOP_GRACE_S)
+        log.info("%s leaves in the middle of a step: the run was stopped", self._node.identity)
         os._exit(1 if self._failed else 0)
 
 
@@ -225,7 +226,8 @@ def _poll_until_stopped(node: Node) -> None:
     try:
         while True:
             node.poll(1.0)
-    except RunEnded:
+    except RunEnded as end:
+        log.info("%s ends: %s", node.identity, end)
         node.close()
         os._exit(0)
 

@@ -32,7 +32,7 @@ def resolve(name: str, table: Mapping[str, str], what: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UnknownName(f"{what} {name!r}: no module named {error.name!r}.") from error
+        raise UnknownName(f"{what} {name!r}: no module named {error.name!r}; put its directory on PYTHONPATH or install it.") from error
     try:
         return getattr(module, attribute)
     except AttributeError:

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     logs = _command(commands, "logs", _logs, "print the logs of a run")
     logs.add_argument("run", type=Path, metavar="RUN", help="run directory")
     logs.add_argument("role", nargs="?", metavar="ROLE", help="a role or a process, such as learner or generator-1 (default: all)")
-    logs.add_argument("-n", "--lines", type=int, default=40, help="lines from the end of each log (default 40)")
+    logs.add_argument("-n", "--lines", type=_count, default=40, help="lines from the end of each log (default 40)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
 
     grade = _command(
@@ -70,10 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", _doctor, "what this machine can do: cores, memory, isolation of model-written code, devices")
     doctor.add_argument("--json", action="store_true", help="for machines")
-
-    process = commands.add_parser("run")  # how the supervisor starts its children; not listed
-    process.add_argument("spec")
-    process.set_defaults(call=_run)
     return parser
 
 
@@ -83,6 +79,12 @@ def _command(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(call=call)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines")
+    return int(text)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,22 +101,31 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if len(given) == 2 and given[0] == "run":  # how the supervisor starts its children; no command for people
+        from rlsys.roles import run_role
+
+        return run_role(given[1])
+    parser = build_parser()
+    if not given:
+        parser.print_help()
+        return 2
+    options = parser.parse_args(given)
     try:
         code: int = options.call(options)
         return code
     except UserError as error:
         print(f"rlsys: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"rlsys: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rlsys: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _run(options: argparse.Namespace) -> int:
-    from rlsys.roles import run_role
-
-    return run_role(options.spec)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from protocol.errors import ConfigError, UserError
 from rlsys.config import RunConfig, load_config
-from rlsys.prepare import check_builtin, check_files, prepare, uses_builtin
+from rlsys.prepare import check_builtin, check_files, check_plugins, prepare, uses_builtin
 from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, read_json
 from rlsys.topology import describe
 
@@ -24,15 +24,15 @@ def check(paths: Sequence[Path], overrides: Sequence[str], *, as_json: bool) -> 
         try:
             config = load_config(path, overrides)
             check_builtin(config)
-            if not uses_builtin(config):
-                check_files(config)
+            check_plugins(config)
+            check_files(config)
         except UserError as error:
             faults += 1
             print(f"rlsys: {error}", file=sys.stderr)
             continue
         resolved.append({"file": str(path), "config": config.model_dump(mode="json")})
         if not as_json:
-            note = "  (built-in model and data are made on first use)" if uses_builtin(config) else ""
+            note = "  (what is built in is made on first use)" if uses_builtin(config) else ""
             print(f"{path}: ok{note}")
             print("\n".join(f"  {line}" for line in describe(config)))
     if as_json:
@@ -48,14 +48,21 @@ def up(path: Path, overrides: Sequence[str], run_dir: Path | None, *, detach: bo
     def say(text: str) -> None:
         print(f"{time.time() - started:6.1f} s  {text}", file=sys.stderr if as_json else sys.stdout, flush=True)
 
+    directory = RunDir(run_dir or default_run_dir(config))
+    directory.check_free()
+    signal.signal(signal.SIGTERM, _leave)
     prepared = prepare(config, say)
     config = prepared.config
-    directory = RunDir(run_dir or default_run_dir(config))
     check_room(choose_weights_dir(config, directory.path, "0" * 16), config)
     if detach:
         return _detached(config, directory)
     directory.claim(config)
     return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s)
+
+
+def _leave(*_: object) -> None:
+    """SIGTERM before anything was started: what is being made is cleaned up on the way out."""
+    raise SystemExit(143)
 
 
 def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_json: bool, base_model_s: float) -> int:
@@ -83,19 +90,15 @@ def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_j
     figures = summarise(directory.path)
     print("\n".join(lines(directory.path, figures)), file=out)
     if as_json:
-        print(json.dumps(figures))
+        ended = {"reason": ending.reason, "role": ending.role, "exit_code": ending.exit_code, "run_dir": str(directory.path)}
+        print(json.dumps({**figures, **ended}))
     return ending.exit_code
 
 
 def _detached(config: RunConfig, directory: RunDir) -> int:
     """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run directory {directory.path}: cannot be made ({error.strerror})") from None
-    if holder(directory.path) is not None or (directory.path / "config.yaml").exists():
-        raise ConfigError(f"run directory {directory.path} is in use or already holds a run; choose another --run-dir")
-    log = directory.path / "supervisor.log"
+    directory.make()
+    log = directory.logs / "supervisor.log"
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -175,6 +178,8 @@ def down(run: Path, timeout_s: float) -> int:
 def logs(run: Path, role: str | None, num_lines: int, *, follow: bool) -> int:
     """Print logs, each line with its process in front when there are several."""
     directory = run / "logs"
+    if not directory.is_dir():
+        raise ConfigError(f"{run}: holds no run")
     found = sorted(p for p in directory.glob("*.log") if role is None or p.stem == role or p.stem.rpartition("-")[0] == role)
     if not found:
         known = ", ".join(sorted(p.stem for p in directory.glob("*.log"))) or "none"
@@ -183,7 +188,7 @@ def logs(run: Path, role: str | None, num_lines: int, *, follow: bool) -> int:
     for path in found:
         text = path.read_text(errors="replace")
         offsets[path] = len(text.encode())
-        for line in text.splitlines()[-num_lines:]:
+        for line in text.splitlines()[len(text.splitlines()) - num_lines if num_lines < len(text.splitlines()) else 0 :]:
             print(f"{path.stem} | {line}" if len(found) > 1 else line)
     try:
         while follow and holder(run) is not None:

@@ -116,14 +116,31 @@ class RunConfig(Settings):
         return self
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: the second one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ. Raises a YAML error that names the line of the second one."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a configuration. `overrides` are "learner.optimizer.lr=1e-6". Raises ConfigError, one line per fault."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"{path}: not YAML ({reason})") from None
+    if content is None:
+        raise ConfigError(f"{path}: is empty, expected keys such as model, data, sampling")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, expected keys such as model, data, sampling")
     for override in overrides:
@@ -136,7 +153,7 @@ def parse_config(content: Mapping[str, Any], source: str, base: Path | None = No
     try:
         config = RunConfig.model_validate(_absolute(content, base) if base else content)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(fault)}" for fault in error.errors())) from None
+        raise ConfigError("\n".join(f"{source}: {explain(fault, RunConfig)}" for fault in error.errors())) from None
     return config
 
 
@@ -181,25 +198,27 @@ def _absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
     return changed
 
 
-def _explain(fault: Any) -> str:
+def explain(fault: Any, model: type[BaseModel], prefix: str = "") -> str:
     """One pydantic fault as a sentence with the key's full path, and the nearest known key for an unknown one."""
-    where = ".".join(str(part) for part in fault["loc"])
+    start = [prefix] if prefix else []
+    where = ".".join([*start, *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(fault["loc"][:-1])
+        known = _known_keys(model, fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
         return f"unknown key {where}" + (
-            f"; did you mean {'.'.join([*map(str, fault['loc'][:-1]), near[0]])}?" if near else f"; known here: {', '.join(known)}"
+            f"; did you mean {'.'.join([*start, *map(str, fault['loc'][:-1]), near[0]])}?" if near else f"; known here: {', '.join(known)}"
         )
     if fault["type"] == "missing":
         return f"{where} is missing"
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where} is {fault['input']!r}: expected keys with values"
     return f"{where} is {fault['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _known_keys(loc: Sequence[Any]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(model: Any, loc: Sequence[Any]) -> list[str]:
     for part in loc:
         spec = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         model = spec.annotation if spec is not None else None

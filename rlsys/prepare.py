@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from actors.dataset import Problem, read_problems
+from actors.engines import ENGINE_OPTIONS
+from actors.rewards import REWARDS
 from actors.text import Text, context_length, stop_token_ids
 from protocol.errors import ConfigError, DataError
-from rlsys.config import BUILTIN, RunConfig
+from protocol.registry import resolve
+from rlsys.config import BUILTIN, RunConfig, explain
 
 QUICKSTART = "builtin:quickstart"
 PROMPTS_AT_ONCE = 64
@@ -41,6 +48,8 @@ def check_builtin(config: RunConfig) -> None:
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     """Make what is built in, and read what is not. Raises ConfigError or DataError, with nothing started."""
     check_builtin(config)
+    check_plugins(config)
+    check_files(config)
     started, cached = time.monotonic(), True
     if uses_builtin(config):
         config, cached = _make_quickstart(config, say)
@@ -49,8 +58,42 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     return Prepared(config, seconds, cached)
 
 
+def check_plugins(config: RunConfig) -> None:
+    """Raise UserError for a reward that cannot be imported, or options that it does not have. Starts nothing, imports no torch of ours."""
+    settings = config.rewarders
+    reward = resolve(settings.reward, REWARDS, "reward")
+    options = getattr(sys.modules.get(getattr(reward, "__module__", "")), "Options", None)
+    if isinstance(options, type) and issubclass(options, BaseModel):
+        check_options(options, settings.options, "rewarders.options")
+    if settings_of_engine := ENGINE_OPTIONS.get(config.generators.engine):
+        check_options(resolve("options", {"options": settings_of_engine}, "options"), config.generators.options, "generators.options")
+
+
+def check_options(model: type[BaseModel], options: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError, one line per fault, for options that are not those of `model`."""
+    try:
+        model.model_validate(options)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(fault, model, where) for fault in error.errors())) from None
+
+
 def check_files(config: RunConfig) -> None:
-    """Raise DataError for a model directory or dataset that cannot be read, ConfigError for a context that is too short."""
+    """Raise DataError for a model directory or dataset that cannot be read, ConfigError for a context that is too short.
+
+    What is built in is not looked at.
+    """
+    train = [] if _built_in(config.data.train) else read_problems(config.data.train)
+    if config.data.eval is not None and not _built_in(config.data.eval):
+        read_problems(config.data.eval)
+    if not _built_in(config.model.path):
+        _check_model(config, train)
+
+
+def _built_in(path: Path) -> bool:
+    return str(path).startswith(BUILTIN)
+
+
+def _check_model(config: RunConfig, train: list[Problem]) -> None:
     model = config.model.path
     if not model.is_dir():
         raise DataError(f"model.path is {model}: no such directory; expected a Hugging Face model directory")
@@ -69,10 +112,7 @@ def check_files(config: RunConfig) -> None:
     reference = config.learner.kl.reference
     if reference is not None and config.learner.kl.coefficient > 0 and not Path(reference).is_dir():
         raise DataError(f"learner.kl.reference is {reference}: no such directory; expected a Hugging Face model directory")
-    train = read_problems(config.data.train)
-    if config.data.eval is not None:
-        read_problems(config.data.eval)
-    if not config.data.chat:  # a chat template needs a heavy library: there the dispatcher finds out
+    if train and not config.data.chat:  # a chat template needs a heavy library: there the dispatcher finds out
         _check_prompts(config, text, train, limit)
 
 

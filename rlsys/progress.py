@@ -64,6 +64,9 @@ def event_line(event: Event) -> str | None:
 def summary(view: View) -> str:
     """One line: where the run is."""
     snapshot, last = view.snapshot, view.snapshot.get("last", {})
+    if not last and view.training_since_s is not None:
+        running = snapshot.get("queues", {}).get("queues/samples_running", 0)
+        return f"iteration 0/{view.config.iterations}  {running:.0f} samples running"
     if not last:
         ready = sum(p.registered is not None for p in view.processes.values())
         running = snapshot.get("queues", {}).get("queues/samples_running", 0)

@@ -65,5 +65,8 @@ def lines(run_dir: Path, figures: dict[str, Any]) -> list[str]:
         text.append(f"time             {', '.join(parts)}")
     if (run_dir / "final_model").is_dir():
         text.append(f"final model      {run_dir / 'final_model'}")
-    text.append(f"look             tensorboard --logdir {run_dir / 'tensorboard'}")
+    elif figures["iterations"]:
+        text.append("final model      none: the run ended before its last iteration")
+    if figures["iterations"]:
+        text.append(f"look             tensorboard --logdir {run_dir / 'tensorboard'}")
     return text

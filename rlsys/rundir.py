@@ -19,6 +19,10 @@ PROBE_S = 0.2
 """How long a claim goes on trying: `holder` of another process has the lock for a moment when it looks who holds it."""
 
 
+OWN = ("lock", "logs")
+"""What may stand in a directory that a run is about to use."""
+
+
 class RunDir:
     """A run directory that this process holds by a lock; another `up` on it is refused."""
 
@@ -27,10 +31,30 @@ class RunDir:
         self.logs = self.path / "logs"
         self._lock_fd = -1
 
-    def claim(self, config: RunConfig) -> None:
-        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use, holds a run, or cannot be written."""
+    def check_free(self) -> None:
+        """Raise ConfigError when the directory is in use, holds a run, or holds anything that is not ours. Makes nothing."""
+        if (pid := holder(self.path)) is not None:
+            raise ConfigError(f"run directory {self.path} is in use by process {pid}; choose another --run-dir")
+        if (self.path / "config.yaml").exists():
+            raise ConfigError(f"run directory {self.path} already holds a run; choose another --run-dir")
+        try:
+            foreign = sorted(path.name for path in self.path.iterdir() if path.name not in OWN) if self.path.exists() else []
+        except OSError as error:
+            raise ConfigError(f"run directory {self.path}: cannot be made ({error.strerror})") from None
+        if foreign:
+            raise ConfigError(f"run directory {self.path} is not empty (it holds {foreign[0]}); choose another --run-dir")
+
+    def make(self) -> None:
+        """Make the directory and its logs. Raises ConfigError when that cannot be."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run directory {self.path}: cannot be made ({error.strerror})") from None
+
+    def claim(self, config: RunConfig) -> None:
+        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use, holds a run, or cannot be written."""
+        self.make()
+        try:
             self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._lock()
             if (self.path / "config.yaml").exists():

@@ -228,8 +228,9 @@ class Supervisor:
 
     def _fail(self, process: Process, what: str, *, user_error: bool = False) -> None:
         if self._ending is None:
-            reason = process.error.removeprefix("user: ") if process.error else what
-            self._ending = Ending("failed", reason if user_error else what, process.child.spec.name, user_error)
+            error = process.error.removeprefix("user: ")
+            reason = error if user_error and error else f"{what}: {error}" if error else what
+            self._ending = Ending("failed", reason, process.child.spec.name, user_error)
 
     # ------------------------------------------------------------------------------------------------ showing
 
@@ -304,6 +305,7 @@ class Supervisor:
             }
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
             write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1) + "\n")
+            (self.run_dir.path / "keys.json").unlink(missing_ok=True)
             for directory in (self._scratch, self._weights_dir):
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)

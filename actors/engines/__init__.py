@@ -19,6 +19,11 @@ ENGINES = {
 }
 """Name in the configuration -> class. The class is built as `Class(options: EngineOptions)`."""
 
+ENGINE_OPTIONS = {
+    "embedded": "actors.engines.embedded_options:Options",
+}
+"""Name -> pydantic model of `generators.options`, importable without torch, so that a run is checked before anything starts."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:

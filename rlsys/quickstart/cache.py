@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("RLSYS_CACHE") or "~/.cache/rlsys").expanduser() / "quickstart"
 
 
+STALE_S = 7200.0
+
+
 def ensure_entry(name: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
     """The directory of entry `name`, and whether it was there already.
 
@@ -52,6 +56,9 @@ def ensure_entry(name: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
         return target, True
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob("*.building"):  # of a builder that was killed: none takes an hour
+            if time.time() - stale.stat().st_mtime > STALE_S:
+                shutil.rmtree(stale, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".building", dir=target.parent))
     except OSError as error:
         raise DataError(

@@ -60,7 +60,7 @@ def test_what_is_missing_in_a_model_directory_is_named(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(DataError, match=r"empty: no tokenizer\.json"):
         Text(empty)
-    with pytest.raises(DataError, match=r"empty: no config\.json"):
+    with pytest.raises(DataError, match=r"empty: no readable config\.json"):
         context_length(empty)
     with pytest.raises(DataError, match=r"names an eos_token_id; set sampling\.stop_token_ids"):
         stop_token_ids(tokenizer_directory(tmp_path / "endless", eos=None))

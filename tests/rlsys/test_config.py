@@ -53,8 +53,8 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_known_one(tmp_pat
         ("sampling.temperature", float("nan"), r"sampling\.temperature is nan: input should be"),
         ("sampling.temperature", float("inf"), r"sampling\.temperature is inf: input should be a finite number"),
         ("sampling.top_p", 1.5, r"sampling\.top_p is 1\.5: input should be less than or equal to 1"),
-        ("generators", [], r"generators is \[\]: input should be a valid dictionary"),
-        ("evaluation", None, r"evaluation is None: input should be a valid dictionary"),
+        ("generators", [], r"generators is \[\]: expected keys with values"),
+        ("evaluation", None, r"evaluation is None: expected keys with values"),
         ("weights.dtype", "float16", r"weights\.dtype is 'float16': input should be 'float32' or 'bfloat16'"),
         ("name", "a/b", r"name is 'a/b': string should match pattern"),
         ("generators.engine", "embeded", r"generators: engine 'embeded' is not known; did you mean 'embedded'\? Known: "),
@@ -157,7 +157,7 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, sentence: str)
     [
         ("a: [1", r"not YAML \(.*line"),
         ("- 1\n", "holds list, expected keys such as model, data, sampling"),
-        ("", "holds NoneType, expected keys"),
+        ("", "is empty, expected keys"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, sentence: str) -> None:

@@ -1,0 +1,107 @@
+"""What a user gets wrong is told before anything starts, with the nearest known name, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.cli import main
+from rlsys.quickstart import cache
+
+QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rewarders.options.fense=x", "unknown key rewarders.options.fense; did you mean rewarders.options.fence?"),
+        ("rewarders.options.fence=maybe", "rewarders.options.fence is 'maybe'"),
+        ("generators.options.prefil_tokens=3", "did you mean generators.options.prefill_tokens?"),
+        ("rewarders.reward=nope.mod:Class", "no module named 'nope'; put its directory on PYTHONPATH or install it"),
+        ("model.path=/nonexistent", "model.path is /nonexistent: no such directory"),
+        ("data.train=/nonexistent.jsonl", "/nonexistent.jsonl: cannot be read"),
+        ("generators.count=true", "generators.count is True: input should be a valid integer"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "up"])
+def test_faults_are_found_by_check_and_by_up(
+    command: str, override: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path / "cache"))
+    extra = ["--run-dir", str(tmp_path / "run")] if command == "up" else []
+    assert main([command, QUICKSTART, "--set", override, *extra]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [], "neither a run directory nor a base model was begun"
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(Path(QUICKSTART).read_text() + "\nseed: 7\n")
+    assert main(["check", str(path)]) == 2
+    assert "key 'seed' stands twice line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("occupied", ["a file", "something in it"])
+def test_a_run_directory_that_cannot_be_used_is_refused_before_a_model_is_made(
+    occupied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path / "cache"))
+    target = tmp_path / "run"
+    if occupied == "a file":
+        target.write_text("")
+    else:
+        target.mkdir()
+        (target / "thesis.tex").write_text("")
+    assert main(["up", QUICKSTART, "--run-dir", str(target)]) == 2
+    assert "cannot be made" in (error := capsys.readouterr().err) or "is not empty (it holds thesis.tex)" in error
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_warm_start_can_be_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """One line, no traceback, nothing left in the cache, no process left."""
+    environment: dict[str, Any] = {**os.environ, "RLSYS_CACHE": str(tmp_path)}
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rlsys", "up", QUICKSTART, "--run-dir", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        entries = tmp_path / "quickstart"
+        end = time.monotonic() + 60
+        while not list(entries.glob("base-*.building")):
+            assert time.monotonic() < end, "the warm start never began"
+        os.kill(child.pid, number)
+        _, error = child.communicate(timeout=30)
+    finally:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    assert child.returncode == code
+    assert "Traceback" not in error
+    assert not list(entries.glob("base-*"))
+
+
+def test_what_a_killed_builder_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
+    old, young = (tmp_path / "quickstart" / f"base-{name}.building" for name in ("old", "young"))
+    for directory in (old, young):
+        directory.mkdir(parents=True)
+    os.utime(old, (time.time() - 2 * cache.STALE_S,) * 2)
+    cache.ensure_entry("entry", lambda directory: (directory / "file").write_text("x") and None)
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "rlsys check" in capsys.readouterr().out

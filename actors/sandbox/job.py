@@ -53,9 +53,11 @@ def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str,
         kept = descriptors[1:num_streams]
         if not is_python:
             os.dup2(descriptors[0], PROGRAM, inheritable=False)
-        _place(kept)
+        _place(kept, keep_program=not is_python)
         _limit(job)
         os.chdir(tmp)
+        if job.kind == wire.NATIVE:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (PROGRAM, PROGRAM))
         if job.kind in (wire.NATIVE, wire.COMPILER):
             for number in (signal.SIGXFSZ, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # Python ignores both, and exec inherits that
@@ -104,21 +106,23 @@ def _read_all(descriptor: int) -> bytes:
     return os.pread(descriptor, size, 0)
 
 
-def _place(descriptors: list[int]) -> None:
+def _place(descriptors: list[int], keep_program: bool) -> None:
     """Make `descriptors` 0, 1, 2, ... and close all others, the control socket among them."""
     if min(descriptors) < len(descriptors):
         descriptors = [os.dup2(descriptor, _STAGE + target) for target, descriptor in enumerate(descriptors)]
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
-    linux.close_range(len(descriptors), PROGRAM - 1)
-    linux.close_range(PROGRAM + 1)
+    if keep_program:
+        linux.close_range(len(descriptors), PROGRAM - 1)
+        linux.close_range(PROGRAM + 1)
+    else:
+        linux.close_range(len(descriptors))
 
 
 def _limit(job: wire.Job) -> None:
     seconds = -(-int(job.cpu_s * 1e6) // 1_000_000)
     space = job.memory_bytes + _RESERVE_BYTES
     # soft below hard: SIGXCPU then says without doubt that it was the processor time
-    resource.setrlimit(resource.RLIMIT_NOFILE, (PROGRAM, PROGRAM))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_FSIZE, (job.output_bytes, job.output_bytes))
@@ -145,6 +149,8 @@ def run_python(source: bytes) -> NoReturn:
         _print_traceback()
     else:
         code = _run_as_main(compiled)
+    if not code and not _leaves_something():
+        _leave(0 if _flush() else 120)
     _leave(_finish(code))
 
 
@@ -168,7 +174,7 @@ def run_series(source: bytes, num_inputs: int) -> NoReturn:
             sys.setrecursionlimit(_RECURSION_LIMIT)
             random.seed(RANDOM_SEED)
         code = _run_as_main(compiled)
-        leaves_something = threading.active_count() > 1 or atexit._ncallbacks()
+        leaves_something = _leaves_something()
         if leaves_something or code:
             code = _finish(code)
         elif not _flush():
@@ -215,6 +221,14 @@ def _run_as_main(compiled: types.CodeType) -> int:
     return 0
 
 
+def _leaves_something() -> bool:
+    """Whether threads still run or exit functions wait."""
+    try:
+        return threading.active_count() > 1 or atexit._ncallbacks() > 0
+    except BaseException:
+        return True
+
+
 def _finish(code: int) -> int:
     """Join threads, run exit functions, flush: what an interpreter does at its end, program-written parts included."""
     try:
@@ -233,7 +247,8 @@ def _flush() -> bool:
         if original is not None and original is not sys.stdout and not original.closed:
             original.flush()
         _main_names.clear()
-        gc.collect()
+        # a full collection also empties the free lists, which touches a hundred pages: only where objects grew that old
+        gc.collect(2 if gc.get_count()[2] else 1)
     except BaseException:
         return False
     return True

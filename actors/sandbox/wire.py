@@ -45,13 +45,13 @@ class Job(NamedTuple):
         head = _JOB.pack(
             self.kind, self.num_threads, round(self.cpu_s * 1e6), round(self.wall_s * 1e6), self.memory_bytes, self.output_bytes
         )
-        return head + json.dumps([self.arguments, self.files]).encode()
+        return head + json.dumps([self.arguments, self.files]).encode() if self.arguments or self.files else head
 
     @classmethod
     def unpack(cls, packet: bytes) -> Job:
         """The inverse of `pack`."""
         kind, threads, cpu_us, wall_us, memory, output = _JOB.unpack_from(packet)
-        arguments, files = json.loads(packet[_JOB.size :])
+        arguments, files = json.loads(packet[_JOB.size :]) if len(packet) > _JOB.size else ((), ())
         return cls(kind, cpu_us / 1e6, wall_us / 1e6, memory, output, threads, tuple(arguments), tuple(files))
 
 

@@ -3,7 +3,7 @@
 Alike on both sides: the quickstart's base model, its prompts in the same order (16 x 8 samples), at most 80 new tokens at temperature 1,
 every sample trained on, the clipped token-level loss, AdamW, one thread of torch per process, and the isolated unit-test reward in two
 sandbox cells. The learning rate is 1e-6, so that both sample from the same policy all the time. rlsys runs as in the quickstart (`rlsys up`:
-two generators in float32, two reward actors, a learner in bfloat16, dispatcher, dashboard, supervisor); TRL runs in one process, with
+two generators of 64 slots in float32, two reward actors, a learner in bfloat16, dispatcher, dashboard, supervisor); TRL runs in one process, with
 transformers' `generate()`, since vLLM has no use without a GPU, once in float32 and once in bfloat16: the cheaper counts. Iterations in which
 a pipeline fills or empties do not count. The reward is the same code on both sides: it is printed and left out of the ratio; of rlsys's
 reward actors only the scoring threads and cells are reward, the rest is overhead and counts.
@@ -54,6 +54,7 @@ OVERRIDES = (
     f"learner.optimizer.lr={LEARNING_RATE}",
     "learner.zero_variance=keep",  # TRL trains on every sample
     "learner.overlong=keep",
+    "generators.slots=64",  # all 128 samples at once, as TRL does; the quickstart takes 32, so that decoding lasts while the learner trains
 )
 
 

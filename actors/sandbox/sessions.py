@@ -51,7 +51,8 @@ class Session:
         self._lease = pool.lease()
         self._cells = self._lease.__enter__()
         self._socket, theirs = socket.socketpair()
-        limits = Limits(cpu_s=call_limit_s * max_calls, wall_s=7 * 86400.0, memory_bytes=memory_bytes, output_bytes=64 * MIB)
+        seconds = (call_limit_s + _INTERRUPT_GRACE_S) * max_calls  # the grace too: else one deaf call reaches this limit before its own
+        limits = Limits(cpu_s=seconds, wall_s=7 * 86400.0, memory_bytes=memory_bytes, output_bytes=64 * MIB)
         try:
             self._running: Running | None = self._begin(theirs, limits)
         except BaseException:

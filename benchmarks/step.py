@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protocol.messages import Event
 from rlsys.config import RunConfig, load_config
 from rlsys.launchers.local import cpu_seconds
 from rlsys.prepare import prepare
@@ -95,8 +96,11 @@ class Meter:
 
     def tick(self) -> None:
         """Read, if it is time."""
-        if time.monotonic() < self._next_s:
-            return
+        if time.monotonic() >= self._next_s:
+            self.read()
+
+    def read(self) -> None:
+        """Read now."""
         self._next_s = time.monotonic() + SAMPLE_S
         started = time.thread_time()
         found: dict[tuple[str, str], float] = defaultdict(float)
@@ -115,7 +119,7 @@ class Meter:
 
     def at(self, time_s: float) -> dict[tuple[str, str], float]:
         """Between the two readings around `time_s`, in proportion."""
-        after = next(i for i, reading in enumerate(self.readings) if reading.time_s >= time_s)
+        after = next((i for i, reading in enumerate(self.readings) if i and reading.time_s >= time_s), len(self.readings) - 1)
         a, b = self.readings[after - 1], self.readings[after]
         share = (time_s - a.time_s) / (b.time_s - a.time_s)
         return {key: a.cpu_s.get(key, 0.0) + share * (b.cpu_s[key] - a.cpu_s.get(key, 0.0)) for key in b.cpu_s}
@@ -128,7 +132,13 @@ def run_rlsys(config: RunConfig, iterations: int, scratch: Path) -> dict[str, An
     supervisor = Supervisor(config, run_dir)
     meter = Meter(supervisor.view.processes)
     with Path(os.devnull).open("w") as nowhere, Progress(supervisor.view, nowhere, plain=True) as progress:
-        supervisor.on_event = progress.event
+
+        def event(news: Event) -> None:
+            progress.event(news)
+            if news.name == "training ended":  # a short run may end before the next reading is due
+                meter.read()
+
+        supervisor.on_event = event
 
         def tick() -> None:
             progress.tick()

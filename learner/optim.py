@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.settings import OptimizerSettings, ScheduleSettings
+from protocol.errors import DataError
 
 
 def learning_rate(peak: float, schedule: ScheduleSettings, iteration: int, total_iterations: int) -> float:
@@ -50,14 +51,32 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
     return {f"optimizer.{what}.{names[parameter]}": value for parameter, state in optimizer.state.items() for what, value in state.items()}
 
 
+def empty_optimizer_tensors(names: Mapping[Tensor, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors to load "optimizer.<what>.<parameter>" of these shapes into, placed (and sharded) as their parameter is.
+
+    Raises DataError for a tensor that belongs to no parameter or has neither its shape nor that of a single number.
+    """
+    known = {name: parameter for parameter, name in names.items()}
+    found = {}
+    for key, shape in shapes.items():
+        _, _, name = key.split(".", 2)
+        if name not in known:
+            raise DataError(f"optimizer state {key!r} belongs to no parameter of this model")
+        if tuple(shape) == tuple(known[name].shape):
+            found[key] = torch.empty_like(known[name], requires_grad=False)
+        elif not shape:
+            found[key] = torch.empty((), device=known[name].device)
+        else:
+            raise DataError(f"optimizer state {key!r} has shape {list(shape)}, its parameter {list(known[name].shape)}")
+    return found
+
+
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Raises ValueError for a tensor that belongs to no parameter."""
+    """The inverse of `optimizer_tensors`; takes the tensors over. Raises DataError for one that belongs to no parameter."""
     known = {name: parameter for parameter, name in names.items()}
     optimizer.state.clear()
     for key, value in tensors.items():
         _, what, name = key.split(".", 2)
         if name not in known:
-            raise ValueError(f"optimizer state {key!r} belongs to no parameter of this model")
-        parameter = known[name]
-        device = "cpu" if what == "step" and parameter.device.type == "cpu" else parameter.device
-        optimizer.state[parameter][what] = value.detach().to(device, copy=True)
+            raise DataError(f"optimizer state {key!r} belongs to no parameter of this model")
+        optimizer.state[known[name]][what] = value.detach()

@@ -85,6 +85,13 @@ class EntropySettings(_Settings):
     delta: float = Field(default=0.0005, gt=0, description="By how much adaptive moves the coefficient in an iteration.")
 
 
+class CheckpointSettings(_Settings):
+    """Which checkpoints stay on disk."""
+
+    keep_last: int = Field(default=2, ge=1, description="The newest so many stay.")
+    keep_every: int | None = Field(default=None, ge=1, description="Those of every so many iterations stay for good; none if not given.")
+
+
 class LearnerSettings(_Settings):
     """Everything that decides how a batch becomes an update."""
 
@@ -99,6 +106,7 @@ class LearnerSettings(_Settings):
         default=False, description="Recompute activations in the backward pass: less memory, a third more work."
     )
     collective_timeout_s: float = Field(default=3600.0, gt=0, description="Longest wait of one rank for another.")
+    checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Which checkpoints stay on disk.")
 
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="What turns a gradient into an update.")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="The learning rate over the run.")

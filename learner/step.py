@@ -20,15 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.checkpoint import difference
 from learner.loss import Inputs, Loss
 from learner.model import CausalModel
-from learner.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from learner.optim import (
+    build_optimizer,
+    empty_optimizer_tensors,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from learner.packing import MicroBatch, Skipped, TrainSample, Weighted, admit, assign, build, emptiest, plan, weigh
 from learner.parallel import Group
 from learner.regularisers import next_entropy_coefficient
 from learner.settings import LearnerSettings
 from learner.sharing import SHARED_LONGEST, build_shared, plan_shared
 from learner.tally import Tally
+from protocol.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -107,29 +116,49 @@ class Step:
         """Copies on the CPU of all parameters and persistent buffers, under their transformers names, tied weights once."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.named_tensors().items()}
 
-    def training_state(self) -> dict[str, Tensor]:
-        """Everything that the next update depends on, as copies on the CPU: "model.<name>", "optimizer.<what>.<name>", "control.<what>"."""
+    def live_state(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, without copies: "model.<name>", "optimizer.<what>.<name>", "control.<what>"."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.named_tensors().items()}
         tensors |= optimizer_tensors(self._optimizer, self._names)
-        tensors |= {
+        return tensors | {
             "control.entropy_coefficient": torch.tensor(self._entropy_coefficient, dtype=torch.float64),
             "control.corrected": torch.tensor(self._corrected),
         }
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    @torch.no_grad()
-    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `training_state`. Raises ValueError when the tensors are not those of this model."""
-        live = {f"model.{name}": tensor for name, tensor in self.model.named_tensors().items()}
-        expected = {*live, "control.entropy_coefficient", "control.corrected"}
-        given = {name for name in tensors if not name.startswith("optimizer.")}
-        if given != expected:
-            raise ValueError(f"training state: tensors {sorted(given ^ expected)[:5]} are in one of state and model only")
-        for name, tensor in live.items():
-            tensor.copy_(tensors[name])
+    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Tensors to load a state of these whole tensors into: the model's own, new ones for the rest. The inverse of `live_state`.
+
+        Raises DataError with named differences when the state is of another model.
+        """
+        live = {name: tensor for name, tensor in self.live_state().items() if not name.startswith("optimizer.")}
+        given = {name: shape for name, shape in shapes.items() if not name.startswith("optimizer.")}
+        found = difference(given, {name: tuple(tensor.shape) for name, tensor in live.items()})
+        if found:
+            raise DataError(found)
+        held = {name: shape for name, shape in shapes.items() if name.startswith("optimizer.")}
+        return live | empty_optimizer_tensors(self._names, held)
+
+    def adopt_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_to_fill` gave, once it was filled."""
         load_optimizer_tensors(self._optimizer, self._names, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
         self._entropy_coefficient = float(tensors["control.entropy_coefficient"])
         self._corrected = bool(tensors["control.corrected"])
+
+    def about(self) -> dict[str, str]:
+        """What must agree between a state and the step that goes on from it."""
+        return {"model": str(self.model.network.config.model_type), "optimizer": self.settings.optimizer.name}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """`live_state` as copies on the CPU."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live_state().items()}
+
+    @torch.no_grad()
+    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `training_state`. Raises DataError when the tensors are not those of this model."""
+        targets = self.state_to_fill({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+        self.adopt_state(targets)
 
     # ------------------------------------------------------------------------------------------------ one update
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from learner.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from learner.settings import OptimizerSettings, ScheduleSettings
+from protocol.errors import DataError
 
 
 def rates(total: int, **settings: object) -> list[float]:
@@ -51,5 +52,5 @@ def test_state_of_a_foreign_parameter_is_refused() -> None:
     optimizer = build_optimizer(layer.parameters(), OptimizerSettings())
     names = {p: name for name, p in layer.named_parameters()}
     assert optimizer_tensors(optimizer, names) == {}
-    with pytest.raises(ValueError, match=r"optimizer\.exp_avg\.head\.weight"):
+    with pytest.raises(DataError, match=r"optimizer\.exp_avg\.head\.weight"):
         load_optimizer_tensors(optimizer, names, {"optimizer.exp_avg.head.weight": torch.zeros(1)})

@@ -181,9 +181,12 @@ class Generator:
             behaviour_logprobs=sampled.logprobs,
             spans=pack_spans(sampled.spans),
             finish_reason=sampled.finish_reason,
+            temperature=task.temperature,
+            max_tokens=task.max_tokens,
             started_s=running.started_s,
             finished_s=time.time(),
             payload=task.payload,
+            stage=task.stage,
         )
         self._unacknowledged[key_of(completion)] = completion
         self._outbox.append(completion)

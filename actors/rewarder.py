@@ -214,6 +214,8 @@ class Rewarder:
             loss_mask=np.ones(len(c.token_ids), np.bool_),
             spans=c.spans,
             finish_reason=c.finish_reason,
+            temperature=c.temperature,
+            max_tokens=c.max_tokens,
             score=score.value,
             passed=score.passed,
             status=score.status,
@@ -223,6 +225,7 @@ class Rewarder:
             finished_s=c.finished_s,
             scored_s=time.time(),
             scoring_s=scored.scoring_s,
+            stage=c.stage,
         )
 
     def _send(self) -> None:

@@ -17,13 +17,14 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS issued (
   group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, iteration INTEGER NOT NULL, purpose TEXT NOT NULL,
-  problem_id TEXT NOT NULL, generator TEXT NOT NULL, issued_s REAL NOT NULL, PRIMARY KEY (group_id, attempt)
+  problem_id TEXT NOT NULL, generator TEXT NOT NULL, issued_s REAL NOT NULL, stage INTEGER NOT NULL DEFAULT 0,
+  requeues INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (group_id, attempt)
 );
 CREATE TABLE IF NOT EXISTS skipped (problem_id TEXT PRIMARY KEY, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS ended (
   group_id INTEGER PRIMARY KEY, iteration INTEGER NOT NULL, purpose TEXT NOT NULL, problem_id TEXT NOT NULL, state TEXT NOT NULL,
   reason TEXT NOT NULL, num_samples INTEGER NOT NULL, num_passed INTEGER NOT NULL, mean_score REAL,
-  oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL
+  oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL, in_batch INTEGER NOT NULL DEFAULT 0
 );
 """
 
@@ -42,6 +43,9 @@ class Issue:
     problem_id: str
     generator: str
     issued_s: float
+    stage: int = 0
+    requeues: int = 0
+    """How often this problem was given back before, by a group that was given up."""
 
 
 class Ledger:
@@ -56,8 +60,8 @@ class Ledger:
 
     def issued(self, issues: Iterable[Issue]) -> None:
         """Append to the issue log."""
-        rows = [(i.group_id, i.attempt, i.iteration, i.purpose, i.problem_id, i.generator, i.issued_s) for i in issues]
-        self._write("INSERT INTO issued VALUES (?,?,?,?,?,?,?)", rows)
+        rows = [(i.group_id, i.attempt, i.iteration, i.purpose, i.problem_id, i.generator, i.issued_s, i.stage, i.requeues) for i in issues]
+        self._write("INSERT INTO issued VALUES (?,?,?,?,?,?,?,?,?)", rows)
 
     def skipped(self, problems: Iterable[tuple[str, str]]) -> None:
         """Problems that no group is made of: (problem_id, reason)."""
@@ -71,7 +75,7 @@ class Ledger:
     def outcomes(self) -> list[GroupOutcome]:
         """Every terminal state, by group."""
         rows = self._db.execute(f"SELECT {','.join(_ENDED)} FROM ended ORDER BY group_id").fetchall()
-        return [GroupOutcome(**dict(zip(_ENDED, row, strict=True))) for row in rows]
+        return [GroupOutcome(**{**dict(zip(_ENDED, row, strict=True)), "in_batch": bool(row[-1])}) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """Groups by terminal state."""

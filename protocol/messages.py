@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Int32Array = Annotated[npt.NDArray[np.int32], "i4"]
 Int64Array = Annotated[npt.NDArray[np.int64], "i8"]
@@ -165,12 +165,12 @@ class GroupTask(Message):
     Example:
         GroupTask(group_id=7, iteration=1, attempt=0, purpose="train", min_version=0, problem_id="train-17", indices=array([0, 1]),
                   seeds=array([11, 12]), prompt_ids=array([1, 9, 2]), temperature=1.0, top_p=1.0, top_k=0, max_tokens=80,
-                  stop_token_ids=array([3]), payload=b"...")
+                  stop_token_ids=array([3]), payload=b"...", stage=0)
     """
 
     group_id: int
     iteration: int
-    """The iteration that shall train on it; for `eval` the version that shall be evaluated."""
+    """The latest iteration that may train on it (see docs/staleness.md); for `eval` the version that shall be evaluated."""
     attempt: int
     """0, and one more for each re-issue after a confirmed death."""
     purpose: Purpose
@@ -191,6 +191,8 @@ class GroupTask(Message):
     stop_token_ids: Int32Array
     payload: bytes
     """msgpack of the problem as the reward needs it; opaque to the generator."""
+    stage: int = 0
+    """The stage of the run that it was issued in."""
 
     def fault(self) -> str:
         if self.indices.shape != self.seeds.shape or self.indices.ndim != 1 or not len(self.indices):
@@ -205,7 +207,8 @@ class Completion(Message):
     Example:
         Completion(group_id=7, index=0, attempt=0, iteration=1, purpose="train", problem_id="train-17", generator="generator-0@1",
                    prompt_ids=array([1, 9, 2]), token_ids=array([9, 2, 3]), behaviour_logprobs=array([-0.1, -1.3, -0.2]),
-                   spans=array([[0, 0, 2], [1, 0, 3]]), finish_reason="stop", started_s=1.0, finished_s=2.0, payload=b"...")
+                   spans=array([[0, 0, 2], [1, 0, 3]]), finish_reason="stop", temperature=1.0, max_tokens=80, started_s=1.0, finished_s=2.0,
+                   payload=b"...", stage=0)
     """
 
     group_id: int
@@ -224,9 +227,13 @@ class Completion(Message):
     spans: Int32Array
     """[num_spans, 3] version, incarnation, end; versions never decrease, the last end is T."""
     finish_reason: FinishReason
+    temperature: float
+    max_tokens: int
+    """Both as the task said: they belong to the sample, because a later stage may have others."""
     started_s: float
     finished_s: float
     payload: bytes
+    stage: int = 0
 
     def fault(self) -> str:
         fault = _tokens_fault(self.token_ids, self.spans, behaviour_logprobs=self.behaviour_logprobs)
@@ -241,8 +248,8 @@ class Trajectory(Message):
         Trajectory(group_id=7, index=0, attempt=0, iteration=1, purpose="train", problem_id="train-17", generator="generator-0@1",
                    rewarder="rewarder-1@1", prompt_ids=array([1, 9, 2]), token_ids=array([9, 2, 3]),
                    behaviour_logprobs=array([-0.1, -1.3, -0.2]), loss_mask=array([True, True, True]), spans=array([[0, 0, 3]]),
-                   finish_reason="stop", score=1.0, passed=True, status="accepted", parts={"unit_tests": 1.0}, detail="",
-                   started_s=1.0, finished_s=2.0, scored_s=2.1, scoring_s=0.05)
+                   finish_reason="stop", temperature=1.0, max_tokens=80, score=1.0, passed=True, status="accepted",
+                   parts={"unit_tests": 1.0}, detail="", started_s=1.0, finished_s=2.0, scored_s=2.1, scoring_s=0.05, stage=0)
     """
 
     group_id: int
@@ -260,6 +267,8 @@ class Trajectory(Message):
     """[T] True where a token may receive gradient (tokens that a tool wrote are False)."""
     spans: Int32Array
     finish_reason: FinishReason
+    temperature: float
+    max_tokens: int
     score: float | None
     """None when the reward could not be found: missing, never 0."""
     passed: bool
@@ -275,6 +284,7 @@ class Trajectory(Message):
     scored_s: float
     scoring_s: float
     """Wall time that the reward took."""
+    stage: int = 0
 
     def fault(self) -> str:
         fault = _tokens_fault(self.token_ids, self.spans, behaviour_logprobs=self.behaviour_logprobs, loss_mask=self.loss_mask)
@@ -287,7 +297,7 @@ class GroupOutcome(Message):
 
     Example:
         GroupOutcome(group_id=7, iteration=1, purpose="train", problem_id="train-17", state="trained", reason="", num_samples=8,
-                     num_passed=3, mean_score=0.375, oldest_version=0, newest_version=1)
+                     num_passed=3, mean_score=0.375, oldest_version=0, newest_version=1, in_batch=True)
     """
 
     group_id: int
@@ -302,6 +312,8 @@ class GroupOutcome(Message):
     mean_score: float | None
     oldest_version: int
     newest_version: int
+    in_batch: bool = False
+    """Whether it took a place in the batch of its iteration. The place of a training group that did not is given to another."""
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -312,7 +324,8 @@ class WeightsReady(Message):
     """Learner to generators and dispatcher: a version is complete on disk.
 
     Example:
-        WeightsReady(number=4, incarnation=0, directory="/run/weights/v4", manifest_sha256="ab...", num_bytes=3540000, published_s=1.0)
+        WeightsReady(number=4, incarnation=0, directory="/run/weights/v4", manifest_sha256="ab...", num_bytes=3540000, published_s=1.0,
+                     groups_taken=12)
     """
 
     number: int
@@ -321,6 +334,8 @@ class WeightsReady(Message):
     manifest_sha256: str
     num_bytes: int
     published_s: float
+    groups_taken: int = 0
+    """Training groups in the batches of all iterations before this version: how far the line of groups has moved up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

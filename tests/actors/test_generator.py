@@ -72,7 +72,7 @@ def task(group: int, indices: tuple[int, ...] = (0, 1), min_version: int = 0) ->
         group_id=group, iteration=3, attempt=1, purpose="train", min_version=min_version, problem_id=f"p{group}",
         indices=np.array(indices, np.int32), seeds=np.array([100 * group + i for i in indices], np.int64),
         prompt_ids=tiny_models.prompt(5, group), temperature=1.0, top_p=1.0, top_k=0, max_tokens=6,
-        stop_token_ids=np.array([2], np.int32), payload=b"the problem",
+        stop_token_ids=np.array([2], np.int32), payload=b"the problem", stage=2,
     )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ def test_every_sample_of_a_task_becomes_one_completion(scene: Scene) -> None:
     got = {(c.group_id, c.index): c for c in scene.completions(rewarder, 4)}
     assert sorted(got) == [(4, 0), (4, 3), (5, 0), (5, 1)], "members are named as the task names them"
     for (group, index), completion in got.items():
+        assert (completion.temperature, completion.max_tokens, completion.stage) == (1.0, 6, 2)
         asked = task(group)
         assert not completion.fault()
         assert (completion.attempt, completion.iteration, completion.purpose, completion.problem_id) == (1, 3, "train", f"p{group}")

@@ -54,7 +54,7 @@ def completion(word: str, group: int = 7, index: int = 0, attempt: int = 0) -> C
         group_id=group, index=index, attempt=attempt, iteration=1, purpose="train", problem_id="p0", generator="generator-0@1",
         prompt_ids=np.array([4, 5], np.int32), token_ids=tokens, behaviour_logprobs=np.array([-0.5, -1.5], np.float32),
         spans=pack_spans([]) if not len(tokens) else np.array([[0, 0, 1], [1, 0, 2]], np.int32), finish_reason="stop",
-        started_s=1.0, finished_s=2.0, payload=msgpack.packb({"id": "p0", "answer": 3}),
+        temperature=0.7, max_tokens=9, stage=2, started_s=1.0, finished_s=2.0, payload=msgpack.packb({"id": "p0", "answer": 3}),
     )  # fmt: skip
 
 
@@ -109,7 +109,8 @@ def test_a_completion_becomes_a_trajectory(ring: Ring, tmp_path: Path) -> None:
     scene.generator.tell(sent)
     [got] = scene.trajectories(learner, 1)
     assert (got.score, got.passed, got.status, got.parts, got.rewarder) == (1.0, True, "accepted", {"words": 1.0}, "rewarder-0@1")
-    for name in ("group_id", "index", "attempt", "iteration", "purpose", "problem_id", "generator", "finish_reason", "started_s"):
+    names = "group_id index attempt iteration purpose problem_id generator finish_reason started_s stage temperature max_tokens"
+    for name in names.split():
         assert getattr(got, name) == getattr(sent, name)
     for name in ("prompt_ids", "token_ids", "behaviour_logprobs", "spans"):
         assert np.array_equal(getattr(got, name), getattr(sent, name))

@@ -50,7 +50,7 @@ def refused(parts: list[bytes], run: int = RUN) -> str:
 def test_foreign_protocol_version_is_refused() -> None:
     parts = frames("Credit")
     parts[0] = HEADER.pack(MAGIC, 9, RUN) + b"Credit"
-    assert "protocol version 9, this process speaks 1" in refused(parts)
+    assert f"protocol version 9, this process speaks {PROTOCOL_VERSION}" in refused(parts)
 
 
 def test_foreign_run_is_refused() -> None:

@@ -64,10 +64,10 @@ class Generator:
         """Sample until the run ends."""
         self._node.start()
         while True:
-            busy = self._engine.load.running + self._engine.load.waiting > 0
-            if busy:
+            load = self._engine.load
+            if load.running + load.waiting > 0:
                 self._node.recorder.enter("decode")
-                self._node.poll(0.0)
+                self._node.poll(min(load.ready_in_s, IDLE_WAIT_S))
             else:
                 self._node.recorder.enter(*self._wait())
                 self._node.poll(IDLE_WAIT_S)

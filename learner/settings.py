@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from learner.advantages import ADVANTAGES
 from learner.objectives import OBJECTIVES
 from learner.options import keyword_options
+from learner.steps import STEPS
 from protocol.errors import UnknownName
 from protocol.registry import check_name
 
@@ -108,6 +109,9 @@ class LearnerSettings(_Settings):
     collective_timeout_s: float = Field(default=3600.0, gt=0, description="Longest wait of one rank for another.")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Which checkpoints stay on disk.")
 
+    step: str = Field(default="gradient", description="gradient trains; simulated only takes the time that training would.")
+    step_options: dict[str, Any] = Field(default_factory=dict, description="The step's own options.")
+
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="What turns a gradient into an update.")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="The learning rate over the run.")
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
@@ -162,6 +166,7 @@ class LearnerSettings(_Settings):
         try:
             check_name(self.advantage, ADVANTAGES, "advantage")
             check_name(self.objective, OBJECTIVES, "objective")
+            check_name(self.step, STEPS, "step")
         except UnknownName as error:
             raise ValueError(str(error)) from None
         keyword_options(self.advantage, ADVANTAGES, self.advantage_options, "advantage")

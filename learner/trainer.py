@@ -26,7 +26,8 @@ from learner.packing import TrainSample
 from learner.parallel import Group, SingleProcess, connect_store, join, open_store
 from learner.publisher import Publisher
 from learner.settings import LearnerSettings
-from learner.step import Step, pick_device
+from learner.step import pick_device
+from learner.steps import build_step
 from protocol.errors import RunEnded
 from protocol.intervals import Recorder
 from protocol.journal import Journal
@@ -94,7 +95,7 @@ class Leader:
         try:
             self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype)
             self._group = self._gather(job)
-            self._step = Step(job.settings, job.model_dir, self._group)
+            self._step = build_step(job.settings, job.model_dir, self._group)
         except BaseException:
             self._close()  # the sockets belong to the intake's thread: it must have ended before the node is closed
             raise
@@ -208,7 +209,7 @@ def follow(node: Node, job: LearnerJob) -> None:
     store = connect_store(host, int(port), settings.ranks, settings.collective_timeout_s)
     rank = node.spec.index
     group = join(store, rank, settings.ranks, device=pick_device(settings.device, rank), timeout_s=settings.collective_timeout_s)
-    step = Step(settings, job.model_dir, group)
+    step = build_step(settings, job.model_dir, group)
     while True:
         node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")
         data = group.broadcast_bytes(None)

@@ -36,7 +36,7 @@ BUILTIN = "builtin:"
 class ModelSettings(Settings):
     """The policy to train."""
 
-    path: Path = Field(description="a Hugging Face directory, or builtin:quickstart")
+    path: Path = Field(description="a Hugging Face directory, or builtin:quickstart, or builtin:simulated")
     max_context: Positive | None = Field(None, description="most tokens of prompt and completion; default: the model's own limit")
 
 

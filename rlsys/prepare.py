@@ -15,11 +15,13 @@ from actors.dataset import Problem, read_problems
 from actors.engines import ENGINE_OPTIONS
 from actors.rewards import REWARDS
 from actors.text import Text, context_length, stop_token_ids
+from learner.steps import STEP_OPTIONS, STEPS
 from protocol.errors import ConfigError, DataError
 from protocol.registry import resolve
 from rlsys.config import BUILTIN, RunConfig, explain
 
 QUICKSTART = "builtin:quickstart"
+SIMULATED = "builtin:simulated"
 PROMPTS_AT_ONCE = 64
 """Encoded together when a prompt is looked for that fits; the first ones nearly always do."""
 
@@ -41,8 +43,8 @@ def uses_builtin(config: RunConfig) -> bool:
 def check_builtin(config: RunConfig) -> None:
     """Raise ConfigError for a built-in that does not exist."""
     for key, path in (("model.path", config.model.path), ("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is not None and str(path).startswith(BUILTIN) and str(path) != QUICKSTART:
-            raise ConfigError(f"{key} is {path}: the only built-in is {QUICKSTART}")
+        if path is not None and str(path).startswith(BUILTIN) and str(path) not in (QUICKSTART, SIMULATED):
+            raise ConfigError(f"{key} is {path}: the built-in ones are {QUICKSTART} and {SIMULATED}")
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
@@ -52,7 +54,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     check_files(config)
     started, cached = time.monotonic(), True
     if uses_builtin(config):
-        config, cached = _make_quickstart(config, say)
+        config, cached = _make_builtin(config, say)
     seconds = time.monotonic() - started
     check_files(config)
     return Prepared(config, seconds, cached)
@@ -67,6 +69,26 @@ def check_plugins(config: RunConfig) -> None:
         check_options(options, settings.options, "rewarders.options")
     if settings_of_engine := ENGINE_OPTIONS.get(config.generators.engine):
         check_options(resolve("options", {"options": settings_of_engine}, "options"), config.generators.options, "generators.options")
+    if settings_of_step := STEP_OPTIONS.get(config.learner.step):
+        check_options(resolve("options", {"options": settings_of_step}, "options"), config.learner.step_options, "learner.step_options")
+    elif config.learner.step in STEPS and config.learner.step_options:
+        raise ConfigError(
+            f"learner.step_options: step {config.learner.step!r} has no options, found {', '.join(config.learner.step_options)}"
+        )
+    _check_speeds(config)
+
+
+def _check_speeds(config: RunConfig) -> None:
+    """Raise ConfigError when simulated parts of one run would live at different speeds."""
+    parts = (
+        ("generators.options.speed", config.generators.engine, config.generators.options),
+        ("rewarders.options.speed", config.rewarders.reward, config.rewarders.options),
+        ("learner.step_options.speed", config.learner.step, config.learner.step_options),
+    )
+    speeds = {key: float(options.get("speed", 1.0)) for key, name, options in parts if name == "simulated"}
+    if len(set(speeds.values())) > 1:
+        found = ", ".join(f"{key} is {speed:g}" for key, speed in speeds.items())
+        raise ConfigError(f"simulated parts of one run need one speed: {found}")
 
 
 def check_options(model: type[BaseModel], options: Mapping[str, Any], where: str) -> None:
@@ -130,17 +152,26 @@ def _check_prompts(config: RunConfig, text: Text, problems: list[Problem], limit
     )
 
 
-def _make_quickstart(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, bool]:
-    from rlsys.quickstart.base_model import ensure_base_model
-    from rlsys.quickstart.datasets import ensure_datasets
-
+def _make_builtin(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, bool]:
     content = config.model_dump(mode="json")
     cached = True
-    if str(config.model.path) == QUICKSTART:
+    model, data = content["model"], content["data"]
+    if SIMULATED in (model["path"], data["train"], data["eval"]):
+        from rlsys.simulated_model import ensure_simulated
+
+        files = ensure_simulated()
+        model["path"] = str(files.model) if model["path"] == SIMULATED else model["path"]
+        for key in ("train", "eval"):
+            data[key] = str(files.train) if data[key] == SIMULATED else data[key]
+    if model["path"] == QUICKSTART:
+        from rlsys.quickstart.base_model import ensure_base_model
+
         base = ensure_base_model(say)
-        content["model"]["path"], cached = str(base.path), base.cached
-    datasets = ensure_datasets()
-    for key, made in (("train", datasets.train), ("eval", datasets.held_out)):
-        if content["data"][key] == QUICKSTART:
-            content["data"][key] = str(made)
+        model["path"], cached = str(base.path), base.cached
+    if QUICKSTART in (data["train"], data["eval"]):
+        from rlsys.quickstart.datasets import ensure_datasets
+
+        datasets = ensure_datasets()
+        for key, made in (("train", datasets.train), ("eval", datasets.held_out)):
+            data[key] = str(made) if data[key] == QUICKSTART else data[key]
     return RunConfig.model_validate(content), cached

@@ -16,11 +16,13 @@ from protocol.messages import FinishReason, Span, Version
 
 ENGINES = {
     "embedded": "actors.engines.embedded:EmbeddedEngine",
+    "simulated": "actors.engines.simulated:SimulatedEngine",
 }
 """Name in the configuration -> class. The class is built as `Class(options: EngineOptions)`."""
 
 ENGINE_OPTIONS = {
     "embedded": "actors.engines.embedded_options:Options",
+    "simulated": "actors.engines.simulated_options:Options",
 }
 """Name -> pydantic model of `generators.options`, importable without torch, so that a run is checked before anything starts."""
 
@@ -78,6 +80,8 @@ class EngineLoad:
     swaps: int = 0
     progress: dict[str, int] = field(default_factory=dict)
     """request_id -> tokens of its longest running sample."""
+    ready_in_s: float = 0.0
+    """How long `step` has nothing to do, so that the caller may wait on its own sockets: 0 for an engine that computes in `step`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

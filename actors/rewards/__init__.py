@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 REWARDS = {
     "math_answer": "actors.rewards.math_answer:MathAnswer",
+    "simulated": "actors.rewards.simulated:Simulated",
     "unit_tests": "actors.rewards.unit_tests:UnitTests",
     "weighted": "actors.rewards.weighted:Weighted",
 }

@@ -17,6 +17,12 @@ from tests.actors.tiny_models import CONTEXT, VOCABULARY, build, drain, prompt, 
 
 MARKS: dict[str, list[pytest.MarkDecorator]] = {}
 """Engines that need more than the CI machine has, and the marker that says so."""
+EXTRA: dict[str, dict[str, object]] = {
+    "simulated": {"tokens_per_s_sample": 2000, "tokens_per_s": 8000, "lengths": {"mean": 900, "sigma": 0}},
+}
+"""Options that an engine cannot do without."""
+NO_MODEL = {"simulated"}
+"""Engines whose tokens do not come from the model: what is said of log-probs and of the place of a stop token does not hold for them."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in ENGINES])
 def engine(request: pytest.FixtureRequest, models: list[tuple[Any, Path]]) -> Iterator[Engine]:
     """An engine with version 0 loaded."""
-    built: Engine = resolve(request.param, ENGINES, "engine")(EngineOptions(model_path=models[0][1], max_context=CONTEXT, slots=4))
+    name = request.param
+    options = EngineOptions(model_path=models[0][1], max_context=CONTEXT, slots=4, extra=EXTRA.get(name, {}))
+    built: Engine = resolve(name, ENGINES, "engine")(options)
     try:
         assert built.version is None
         built.load_weights(models[0][1], Version(0))
@@ -37,7 +45,16 @@ def engine(request: pytest.FixtureRequest, models: list[tuple[Any, Path]]) -> It
         built.close()
 
 
-def test_logprobs_are_those_of_a_full_forward_pass(engine: Engine, models: list[tuple[Any, Path]]) -> None:
+@pytest.fixture
+def model_engine(engine: Engine, request: pytest.FixtureRequest) -> Engine:
+    """An engine that samples from the model."""
+    if request.node.callspec.params["engine"] in NO_MODEL:
+        pytest.skip("samples nothing from the model")
+    return engine
+
+
+def test_logprobs_are_those_of_a_full_forward_pass(model_engine: Engine, models: list[tuple[Any, Path]]) -> None:
+    engine = model_engine
     for i, temperature in enumerate((1.0, 0.7, 1.6)):
         engine.submit(request(f"r{i}", prompt(5 + i, i), (1, 2, 3), temperature=temperature, top_p=0.9 if i else 1.0))
     ended = drain(engine)
@@ -50,7 +67,8 @@ def test_logprobs_are_those_of_a_full_forward_pass(engine: Engine, models: list[
         assert sample.spans == (Span(0, 0, 12),) and sample.finish_reason == "length"
 
 
-def test_tokens_across_a_swap_belong_to_the_version_that_their_span_names(engine: Engine, models: list[tuple[Any, Path]]) -> None:
+def test_tokens_across_a_swap_belong_to_the_version_that_their_span_names(model_engine: Engine, models: list[tuple[Any, Path]]) -> None:
+    engine = model_engine
     engine.submit(request("r", prompt(7), (1, 2), max_tokens=40))
     ended = {}
     while engine.load.progress.get("r", 0) < 5:
@@ -77,7 +95,8 @@ def test_a_seed_fixes_the_sample(engine: Engine) -> None:
     assert not np.array_equal(alone.token_ids, ended["again", 0].token_ids)
 
 
-def test_a_stop_token_ends_a_sample_and_is_part_of_it(engine: Engine) -> None:
+def test_a_stop_token_ends_a_sample_and_is_part_of_it(model_engine: Engine) -> None:
+    engine = model_engine
     engine.submit(request("free", prompt(6), (5,), max_tokens=30))
     free = drain(engine)["free", 0].token_ids
     stop = int(free[4])
@@ -132,7 +151,8 @@ def test_a_prompt_that_cannot_be_sampled_is_refused(engine: Engine, ids: list[in
     assert engine.load.waiting == 0
 
 
-def test_a_wrong_directory_leaves_the_old_version_at_work(engine: Engine, models: list[tuple[Any, Path]], tmp_path: Path) -> None:
+def test_a_wrong_directory_leaves_the_old_version_at_work(model_engine: Engine, models: list[tuple[Any, Path]], tmp_path: Path) -> None:
+    engine = model_engine
     engine.submit(request("r", prompt(5), (1,), max_tokens=10))
     engine.step(0.1)
     with pytest.raises(WeightsError, match=str(tmp_path)):

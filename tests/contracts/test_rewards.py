@@ -22,6 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
         "right": "It is \\boxed{0.5}.",
         "wrong": "It is \\boxed{0.6}.",
     },
+    "simulated": {
+        "options": {"seconds": 0.001, "pass_share": 0.03},
+        "problem": {"id": "any", "prompt": ""},
+        "right": "accepted by its hash 2",
+        "wrong": "refused by its hash",
+    },
     "unit_tests": {
         "options": {"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 1},
         "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]},

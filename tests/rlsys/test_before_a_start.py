@@ -25,6 +25,8 @@ QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.y
         ("rewarders.reward=nope.mod:Class", "no module named 'nope'; put its directory on PYTHONPATH or install it"),
         ("model.path=/nonexistent", "model.path is /nonexistent: no such directory"),
         ("data.train=/nonexistent.jsonl", "/nonexistent.jsonl: cannot be read"),
+        ("learner.step=simulatd", "step 'simulatd' is not known; did you mean 'simulated'?"),
+        ("learner.step_options.speed=3", "learner.step_options: step 'gradient' has no options, found speed"),
         ("generators.count=true", "generators.count is True: input should be a valid integer"),
     ],
 )
@@ -37,6 +39,22 @@ def test_faults_are_found_by_check_and_by_up(
     assert main([command, QUICKSTART, "--set", override, *extra]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [], "neither a run directory nor a base model was begun"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "rewarders.options.speed=3",
+            "simulated parts of one run need one speed: generators.options.speed is 50, rewarders.options.speed is 3",
+        ),
+        ("learner.step_options.devises=3", "unknown key learner.step_options.devises; did you mean learner.step_options.devices?"),
+        ("generators.options.lengths.mean=16000", "mean 16000 must lie below cap 16000"),
+    ],
+)
+def test_faults_of_a_simulated_run_are_found(override: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", QUICKSTART.replace("quickstart", "simulated"), "--set", override]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ BAD: list[tuple[Callable[[dict[str, Any], Path], None], str]] = [
     (with_a_context_too_large, "model.max_context is 65, but the model in {dir}/model was built for 64 tokens"),
     (with_completions_too_long, "sampling.max_tokens is 64, which leaves no room for a prompt in the model's 64 tokens"),
     (with_a_typo, "{dir}/run.yaml: unknown key smapling; did you mean sampling?"),
-    (with_an_unknown_builtin, "data.train is builtin:slowstart: the only built-in is builtin:quickstart"),
+    (with_an_unknown_builtin, "data.train is builtin:slowstart: the built-in ones are builtin:quickstart and builtin:simulated"),
     (with_a_missing_reference, "learner.kl.reference is {dir}/nobody: no such directory"),
 ]
 

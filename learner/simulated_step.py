@@ -1,0 +1,78 @@
+"""A step that computes nothing and takes the time that training would: for measuring schedules without devices.
+
+The weights that it publishes are real safetensors of `weight_bytes` that change with every update, so that publishing, verifying and
+swapping are the production code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from learner.packing import TrainSample
+from learner.parallel import Group
+from learner.settings import LearnerSettings
+from learner.simulated_options import Options
+from learner.step import StepMetrics
+from protocol.errors import ConfigError
+
+
+class SimulatedStep:
+    """Implements `learner.steps.TrainStep`. Raises ConfigError for options that it does not know or that make no sense."""
+
+    def __init__(self, settings: LearnerSettings, model_dir: Path, group: Group) -> None:
+        try:
+            self._options = Options.model_validate(settings.step_options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"simulated step: option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        torch.set_num_threads(settings.threads)
+        self._settings, self._group = settings, group
+        self._weights = torch.zeros(self._options.weight_bytes, dtype=torch.uint8)
+
+    def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
+        """Wait as long as training on `samples` would take. Samples without a trainable token cost nothing, as in a real step."""
+        started = time.monotonic()
+        useful = [sample for sample in samples if sample.loss_mask.any()]
+        tokens = sum(len(s.prompt_ids) + len(s.token_ids) for s in useful)
+        updates = self._settings.updates_per_batch if useful else 0
+        if updates:
+            self._wait(started, self._options.step_s(tokens, updates, self._group.size))
+            self._weights[:8].view(torch.int64).add_(updates)
+        return StepMetrics(
+            values={
+                "num_tokens": float(sum(int(s.loss_mask.sum()) for s in useful)),
+                "num_samples": float(len(useful)),
+                "tokens_trained": float(tokens * updates),
+                "updates": float(updates),
+                "updates_skipped": 0.0,
+                "skipped": 0.0,
+            },
+            skipped=(),
+        )
+
+    def state_dict_for_publishing(self) -> dict[str, Tensor]:
+        """The weights, after `publish_s`."""
+        self._wait(time.monotonic(), self._options.publish_s)
+        return {"simulated.weights": self._weights.clone()}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The weights; nothing else changes."""
+        return {"simulated.weights": self._weights.clone()}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `training_state`."""
+        if set(tensors) != {"simulated.weights"} or tensors["simulated.weights"].shape != self._weights.shape:
+            raise ValueError(f"training state: {sorted(tensors)} are not the weights of this simulated step")
+        self._weights.copy_(tensors["simulated.weights"])
+
+    def _wait(self, started_s: float, simulated_s: float) -> None:
+        """Until `simulated_s` after `started_s` are over, on the clock of the run."""
+        left = started_s + simulated_s / self._options.speed - time.monotonic()
+        if left > 0:
+            time.sleep(left)

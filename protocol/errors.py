@@ -47,5 +47,9 @@ class InfrastructureFault(RlsysError):
     """Our machinery broke (a sandbox, an engine), so nothing is known about the sample. Never a reward of 0: retried, then `failed`."""
 
 
+class Fenced(RlsysError):
+    """This process has been replaced: what it would write no longer counts. It ends without a trace."""
+
+
 class RunEnded(RlsysError):
     """The supervisor asked this process to stop. Raised out of waits so that every loop ends at once."""

@@ -1,20 +1,29 @@
-"""The ledger: one terminal state per group, in SQLite in the run directory.
+"""The ledger: who may write, what was issued, published, committed, and one terminal state per group. SQLite in the run directory.
 
-Rank 0 of the learner is the only writer of terminal rows, the dispatcher of issue rows. Either sees what the other committed.
+The supervisor writes `run` and `starts`; rank 0 of the learner `published`, `checkpoints` and `ended`; the dispatcher `issued` and `skipped`.
+Whoever writes names its start (`Writer`): the transaction is refused when that role and index has been started again since, so that a
+process that wakes up beside its replacement changes nothing.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from protocol.errors import DataError, Fenced
 from protocol.messages import GroupOutcome, Purpose
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS starts (
+  role TEXT NOT NULL, idx INTEGER NOT NULL, start INTEGER NOT NULL, epoch INTEGER NOT NULL, pid INTEGER NOT NULL DEFAULT 0,
+  ticks INTEGER NOT NULL DEFAULT 0, started_s REAL NOT NULL, ended_s REAL, how TEXT NOT NULL DEFAULT '', PRIMARY KEY (role, idx, start)
+);
 CREATE TABLE IF NOT EXISTS issued (
   group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, iteration INTEGER NOT NULL, purpose TEXT NOT NULL,
   problem_id TEXT NOT NULL, generator TEXT NOT NULL, issued_s REAL NOT NULL, stage INTEGER NOT NULL DEFAULT 0,
@@ -26,15 +35,35 @@ CREATE TABLE IF NOT EXISTS ended (
   reason TEXT NOT NULL, num_samples INTEGER NOT NULL, num_passed INTEGER NOT NULL, mean_score REAL,
   oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL, in_batch INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE IF NOT EXISTS published (
+  number INTEGER NOT NULL, incarnation INTEGER NOT NULL, start INTEGER NOT NULL, manifest_sha256 TEXT NOT NULL, published_s REAL NOT NULL,
+  PRIMARY KEY (number, incarnation)
+);
+CREATE TABLE IF NOT EXISTS checkpoints (
+  number INTEGER PRIMARY KEY, incarnation INTEGER NOT NULL, directory TEXT NOT NULL, sha256 TEXT NOT NULL, journal_segment INTEGER NOT NULL,
+  journal_end INTEGER NOT NULL, first_segment INTEGER NOT NULL, committed_s REAL NOT NULL
+);
 """
 
 _ENDED = tuple(spec.name for spec in fields(GroupOutcome))
 """The columns of `ended` are the fields of GroupOutcome."""
 
 
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Which start of which process writes."""
+
+    role: str
+    index: int
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.role}-{self.index}@{self.start}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issue:
-    """The dispatcher gave a group to a generator."""
+    """The dispatcher gives a group to a generator; written before the task is sent."""
 
     group_id: int
     attempt: int
@@ -48,34 +77,180 @@ class Issue:
     """How often this problem was given back before, by a group that was given up."""
 
 
-class Ledger:
-    """One connection to `ledger.sqlite`. Each method is one transaction; any thread may call it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A committed state: version `number`, what its files hash to, and from where on the journal holds all that it does not know."""
 
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+    number: int
+    incarnation: int
+    directory: str
+    """Relative to the run directory."""
+    sha256: str
+    journal_segment: int
+    journal_end: int
+    """The journal's end when the state was taken."""
+    first_segment: int
+    """The oldest segment with a trajectory whose group had no terminal state then: a restarted learner reads from here."""
+    committed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of a process; `ticks` is its start time in the kernel's clock, so that a pid used again is not taken for it."""
+
+    role: str
+    index: int
+    start: int
+    epoch: int
+    pid: int
+    ticks: int
+    started_s: float
+    ended_s: float | None
+    how: str
+
+
+class Ledger:
+    """One connection to `ledger.sqlite`. Each method is one transaction; any thread may call it.
+
+    Without a `writer` nothing is fenced: the supervisor, readers, and tests of single roles.
+    """
+
+    def __init__(self, path: Path, writer: Writer | None = None, *, read_only: bool = False) -> None:
+        self._lock = threading.RLock()
+        self._writer = writer
+        self._path = path
+        where = f"file:{path}?mode=ro" if read_only else f"file:{path}"
+        try:
+            self._db = sqlite3.connect(where, timeout=30.0, isolation_level=None, check_same_thread=False, uri=True)
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.executescript(_SCHEMA)
+        except sqlite3.OperationalError as error:
+            raise DataError(f"{path}: the ledger cannot be opened ({error})") from None
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{path}: the ledger is damaged ({error})") from None
+
+    def check(self) -> None:
+        """Raise DataError when the file is damaged."""
+        try:
+            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            raise DataError(f"{self._path}: the ledger is damaged ({found})")
+
+    # ------------------------------------------------------------------------------------------------ the supervisor's part
+
+    def get(self, key: str, default: str = "") -> str:
+        """A value of the run."""
+        row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        return default if row is None else str(row[0])
+
+    def put(self, key: str, value: str) -> None:
+        """Keep a value of the run."""
+        with self._transaction(fenced=False) as db:
+            db.execute("INSERT INTO run VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+
+    def next_start(self, role: str, index: int, epoch: int) -> int:
+        """Take the next start number of a process: from now on older starts of it can write nothing."""
+        with self._transaction(fenced=False) as db:
+            start: int = db.execute("SELECT COALESCE(MAX(start), 0) + 1 FROM starts WHERE role = ? AND idx = ?", (role, index)).fetchone()[
+                0
+            ]
+            db.execute(
+                "INSERT INTO starts (role, idx, start, epoch, started_s) VALUES (?,?,?,?,?)", (role, index, start, epoch, time.time())
+            )
+        return start
+
+    def started(self, role: str, index: int, start: int, pid: int, ticks: int) -> None:
+        """The process of a start exists."""
+        with self._transaction(fenced=False) as db:
+            db.execute("UPDATE starts SET pid = ?, ticks = ? WHERE role = ? AND idx = ? AND start = ?", (pid, ticks, role, index, start))
+
+    def stopped(self, role: str, index: int, start: int, how: str) -> None:
+        """The process of a start has ended."""
+        with self._transaction(fenced=False) as db:
+            db.execute(
+                "UPDATE starts SET ended_s = ?, how = ? WHERE role = ? AND idx = ? AND start = ?", (time.time(), how, role, index, start)
+            )
+
+    def starts(self) -> list[Start]:
+        """Every start, in order."""
+        rows = self._db.execute(
+            "SELECT role, idx, start, epoch, pid, ticks, started_s, ended_s, how FROM starts ORDER BY started_s, role, idx"
+        ).fetchall()
+        return [Start(**dict(zip((f.name for f in fields(Start)), row, strict=True))) for row in rows]
+
+    # ------------------------------------------------------------------------------------------------ the dispatcher's part
 
     def issued(self, issues: Iterable[Issue]) -> None:
-        """Append to the issue log."""
-        rows = [(i.group_id, i.attempt, i.iteration, i.purpose, i.problem_id, i.generator, i.issued_s, i.stage, i.requeues) for i in issues]
-        self._write("INSERT INTO issued VALUES (?,?,?,?,?,?,?,?,?)", rows)
+        """Append to the issue log, before the tasks are sent."""
+        self._write(f"INSERT INTO issued ({','.join(_ISSUED)}) VALUES ({','.join('?' * len(_ISSUED))})", [astuple(i) for i in issues])
 
     def skipped(self, problems: Iterable[tuple[str, str]]) -> None:
         """Problems that no group is made of: (problem_id, reason)."""
         self._write("INSERT OR IGNORE INTO skipped VALUES (?,?)", list(problems))
 
+    def issues(self) -> list[Issue]:
+        """The issue log in its order."""
+        rows = self._db.execute(f"SELECT {','.join(_ISSUED)} FROM issued ORDER BY rowid").fetchall()
+        return [Issue(**dict(zip(_ISSUED, row, strict=True))) for row in rows]
+
+    # ------------------------------------------------------------------------------------------------ the learner's part
+
     def ended(self, outcomes: Iterable[GroupOutcome]) -> None:
-        """Write terminal states. A group that has one already raises sqlite3.IntegrityError: always a bug."""
-        rows = [tuple(getattr(outcome, column) for column in _ENDED) for outcome in outcomes]
-        self._write(f"INSERT INTO ended ({','.join(_ENDED)}) VALUES ({','.join('?' * len(_ENDED))})", rows)
+        """Write terminal states that no update depends on. A group that has one already raises sqlite3.IntegrityError: always a bug."""
+        self._write(_INSERT_ENDED, [_ended_row(outcome) for outcome in outcomes])
+
+    def publish(self, number: int, incarnation: int, manifest_sha256: str, make_visible: Callable[[], object]) -> None:
+        """Let a version appear: `make_visible` renames its directory inside the transaction that checks the fence."""
+        with self._transaction() as db:
+            start = self._writer.start if self._writer else 0
+            db.execute("INSERT INTO published VALUES (?,?,?,?,?)", (number, incarnation, start, manifest_sha256, time.time()))
+            make_visible()
+
+    def commit(self, checkpoint: Checkpoint, outcomes: Iterable[GroupOutcome]) -> None:
+        """The commit: a checkpoint and the terminal states that it stands for, durable when this returns."""
+        with self._lock:
+            self._db.execute("PRAGMA synchronous=FULL")
+            try:
+                with self._transaction() as db:
+                    db.execute("INSERT INTO checkpoints VALUES (?,?,?,?,?,?,?,?)", astuple(checkpoint))
+                    db.executemany(_INSERT_ENDED, [_ended_row(outcome) for outcome in outcomes])
+            finally:
+                self._db.execute("PRAGMA synchronous=NORMAL")
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """What was committed, newest first."""
+        rows = self._db.execute(
+            "SELECT number, incarnation, directory, sha256, journal_segment, journal_end, first_segment, committed_s "
+            "FROM checkpoints ORDER BY number DESC"
+        ).fetchall()
+        return [Checkpoint(**dict(zip((f.name for f in fields(Checkpoint)), row, strict=True))) for row in rows]
+
+    def forget_checkpoints(self, numbers: Iterable[int]) -> None:
+        """Their directories are about to be removed, because newer ones are committed."""
+        self._write("DELETE FROM checkpoints WHERE number = ?", [(number,) for number in numbers])
+
+    def roll_back(self, number: int) -> None:
+        """Go back to the state of version `number`, because every later checkpoint is damaged: what they committed is open again."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM checkpoints WHERE number > ?", (number,))
+            db.execute("DELETE FROM ended WHERE purpose = 'train' AND state = 'trained' AND iteration >= ?", (number,))
+
+    def versions(self) -> list[tuple[int, int]]:
+        """(number, incarnation) of every published version, in the order of publication."""
+        return [(int(n), int(i)) for n, i in self._db.execute("SELECT number, incarnation FROM published ORDER BY rowid").fetchall()]
 
     def outcomes(self) -> list[GroupOutcome]:
         """Every terminal state, by group."""
         rows = self._db.execute(f"SELECT {','.join(_ENDED)} FROM ended ORDER BY group_id").fetchall()
-        return [GroupOutcome(**{**dict(zip(_ENDED, row, strict=True)), "in_batch": bool(row[-1])}) for row in rows]
+        return [GroupOutcome(**{**dict(zip(_ENDED, row, strict=True)), "in_batch": bool(row[_ENDED.index("in_batch")])}) for row in rows]
+
+    def ended_groups(self) -> set[int]:
+        """Groups that have a terminal state."""
+        return {int(row[0]) for row in self._db.execute("SELECT group_id FROM ended").fetchall()}
 
     def counts(self) -> dict[str, int]:
         """Groups by terminal state."""
@@ -84,14 +259,37 @@ class Ledger:
     def close(self) -> None:
         self._db.close()
 
+    # ------------------------------------------------------------------------------------------------ transactions
+
     def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        if not rows:
-            return
+        if rows:
+            with self._transaction() as db:
+                db.executemany(statement, rows)
+
+    @contextmanager
+    def _transaction(self, *, fenced: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing. Raises Fenced when this writer has been replaced."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.executemany(statement, rows)
+                if fenced and self._writer is not None:
+                    self._check_fence(self._writer)
+                yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
+
+    def _check_fence(self, writer: Writer) -> None:
+        newest = self._db.execute("SELECT MAX(start) FROM starts WHERE role = ? AND idx = ?", (writer.role, writer.index)).fetchone()[0]
+        if newest is not None and newest != writer.start:
+            raise Fenced(f"{writer} has been replaced by {writer.role}-{writer.index}@{newest}: what it writes no longer counts")
+
+
+_ISSUED = tuple(spec.name for spec in fields(Issue))
+_INSERT_ENDED = f"INSERT INTO ended ({','.join(_ENDED)}) VALUES ({','.join('?' * len(_ENDED))})"
+
+
+def _ended_row(outcome: GroupOutcome) -> tuple[object, ...]:
+    return tuple(getattr(outcome, column) for column in _ENDED)

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from protocol.node import Node
 
 log = logging.getLogger("rlsys.dispatcher")
 
+MANY_FACTS = 1024
+"""Most groups that a heartbeat names, oldest first: more than an iteration has in most runs."""
 FIRST_EVAL_GROUP = 1 << 40
 """Evaluation groups are numbered from here, round by round, so that training groups are numbered alike with and without evaluation."""
 EVAL_ROUND = 1 << 24
@@ -237,9 +240,12 @@ class DispatcherProcess:
         self._weights = node.join("weights", on_link=self._greet)
         self._credits = Outgoing()
         self._loaded: dict[str, int] = {}
+        self._given: dict[int, str] = {}
+        """Group -> the generator that has it, until the group ends."""
         self._dispatcher = Dispatcher(job)
         self._ledger = Ledger(job.ledger)
         node.gauges = self._gauges
+        node.facts = self._facts
         node.progress = lambda: self._dispatcher.groups_issued + self._dispatcher.groups_ended
         self._training = self._finished = False
 
@@ -283,6 +289,7 @@ class DispatcherProcess:
         if isinstance(message, WeightsReady):
             self._dispatcher.on_version(message.number)
         elif isinstance(message, GroupOutcome):
+            self._given.pop(message.group_id, None)
             result = self._dispatcher.on_outcome(message)
             if result is not None:
                 self._node.event("eval", **result)
@@ -307,6 +314,7 @@ class DispatcherProcess:
                 continue
             self._credits.sent(peer)
             self._dispatcher.issue(task)
+            self._given[task.group_id] = peer
             issues.append(
                 Issue(
                     group_id=task.group_id,
@@ -322,6 +330,17 @@ class DispatcherProcess:
                 self._training = True
                 self._node.event("training started")
         self._ledger.issued(issues)
+
+    def _facts(self) -> dict[str, Any]:
+        """For `rlsys why`: the newest version, what the next group needs, and who was given the oldest groups that have not ended."""
+        d = self._dispatcher
+        task = d.next_task()
+        return {
+            "published": d.pacer.published,
+            "needs": -1 if task is None else task.min_version,
+            "outstanding": [(g, task.iteration, self._given.get(g, "")) for g, task in islice(d.outstanding.items(), MANY_FACTS)],
+            "credits": {peer: self._credits.left(peer) for peer in self._credits.peers},
+        }
 
     def _gauges(self) -> dict[str, float]:
         d = self._dispatcher

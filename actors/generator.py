@@ -12,6 +12,8 @@ import logging
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from actors.engines import Engine, Sampled, SampleRequest, Sampling
 from actors.weights import WeightsIntake
@@ -25,6 +27,9 @@ log = logging.getLogger("rlsys.generator")
 
 IDLE_WAIT_S = 0.5
 """Longest poll while the engine has nothing to do; messages end it early."""
+
+FACTS = 64
+"""Most groups that a heartbeat names."""
 
 RELOADS = 1
 """How often a refused version is announced and loaded again before the actor gives up, which ends it with the reason."""
@@ -58,6 +63,7 @@ class Generator:
         self._rewarders = node.join("completions", on_link=self._greet_rewarder, on_gone=self._rewarder_gone)
         self._learner = node.join("weights", on_link=self._greet)
         node.gauges = self._gauges
+        node.facts = self._facts
         node.progress = lambda: engine.load.tokens_sampled + self._samples_done + self._groups_taken
 
     def run(self) -> None:
@@ -151,7 +157,7 @@ class Generator:
         ready = self._intake.pending
         if ready is None:
             return
-        with self._node.recorder.during("swap weights"):
+        with self._node.recorder.during("swap weights", "learner", f"v{ready.number}", iteration=ready.number):
             loaded = self._intake.load(ready)
         for link in self._learner.values():
             link.send(loaded)
@@ -219,6 +225,25 @@ class Generator:
         if self._outbox:
             return "waiting:reward credit", "rewarder", f"{len(self._outbox)} completions wait to be scored"
         return "waiting:tasks", "dispatcher", ""
+
+    def _facts(self) -> dict[str, Any]:
+        """For `rlsys why`: the loaded version, and where the groups are that are here, oldest first."""
+        version, tokens = self._engine.version, self._engine.load.progress
+        groups = [
+            (r.task.group_id, r.left, tokens.get(request_id, 0), r.task.max_tokens, r.started_s)
+            for request_id, r in islice(self._running.items(), FACTS)
+        ]
+        sent: dict[tuple[int, str], int] = {}
+        for key in islice(self._unacknowledged, 8 * FACTS):
+            place = (key[0], self._sent_to.get(key, ""))
+            sent[place] = sent.get(place, 0) + 1
+        return {
+            "version": version.number if version else -1,
+            "announced": self._intake.announced,
+            "running": groups,
+            "sent": [(group, peer, count) for (group, peer), count in islice(sent.items(), FACTS)],
+            "outbox": len(self._outbox),
+        }
 
     def _gauges(self) -> dict[str, float]:
         load = self._engine.load

@@ -17,6 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -26,11 +28,14 @@ from actors.text import Text
 from protocol.channels import Link
 from protocol.credits import Incoming, Outgoing
 from protocol.errors import DataError, InfrastructureFault
+from protocol.intervals import Recorder, phase, record_here
 from protocol.messages import Ack, Completion, Credit, Hello, Trajectory, key_of
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.rewarder")
 
+FACTS = 64
+"""Most groups that a heartbeat names."""
 QUEUED_PER_THREAD = 4
 """Completions granted per scoring thread: enough to hide a round trip, few enough that work goes where it is done first."""
 
@@ -48,7 +53,9 @@ class _Scored:
 class Scorers:
     """Threads that score. `put` takes work, `results` holds what is done, `wake` is called after each."""
 
-    def __init__(self, reward: Reward, text: Text, threads: int, retries: int, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, reward: Reward, text: Text, threads: int, retries: int, wake: Callable[[], None], track: Callable[[str, str], Recorder]
+    ) -> None:
         self._reward, self._text, self._retries = reward, text, retries
         self._wake = wake
         self._work: queue.SimpleQueue[tuple[str, Completion] | None] = queue.SimpleQueue()
@@ -56,7 +63,12 @@ class Scorers:
         self.error: BaseException | None = None
         self.active = 0
         """Taken and not yet done."""
-        self._threads = [threading.Thread(target=self._loop, name=f"score-{i}", daemon=True) for i in range(threads)]
+        self.started: dict[int, tuple[float, int]] = {}
+        """Thread -> since when it scores a sample, and of which group."""
+        self._threads = [
+            threading.Thread(target=self._loop, args=(i, track(f"score-{i}", "waiting:completions")), name=f"score-{i}", daemon=True)
+            for i in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -70,11 +82,16 @@ class Scorers:
         for _ in self._threads:
             self._work.put(None)
 
-    def _loop(self) -> None:
+    def _loop(self, number: int, recorder: Recorder) -> None:
+        record_here(recorder)
         try:
             while (work := self._work.get()) is not None:
-                started = time.monotonic()
+                started, group = time.monotonic(), work[1].group_id
+                self.started[number] = (time.time(), group)
+                recorder.enter("judge", iteration=work[1].iteration, group=group)
                 score = self._score(work[1])
+                recorder.enter("waiting:completions", "generator")
+                del self.started[number]
                 self.results.append(_Scored(*work, score, time.monotonic() - started))
                 self._wake()
         except BaseException as error:  # carried to the actor's own thread, which raises it
@@ -83,7 +100,9 @@ class Scorers:
 
     def _score(self, completion: Completion) -> Score:
         problem = msgpack.unpackb(completion.payload)
-        sample = Sample(problem=problem, completion=self._text.decode(completion.token_ids), truncated=completion.finish_reason != "stop")
+        with phase("read text"):
+            text = self._text.decode(completion.token_ids)
+        sample = Sample(problem=problem, completion=text, truncated=completion.finish_reason != "stop")
         for attempt in range(self._retries + 1):
             try:
                 score = self._reward.score(sample)
@@ -106,7 +125,7 @@ class Rewarder:
 
     def __init__(self, node: Node, reward: Reward, text: Text, *, reward_name: str, concurrency: int, retries: int) -> None:
         self._node, self._reward, self._reward_name = node, reward, reward_name
-        self._scorers = Scorers(reward, text, concurrency, retries, node.wake)
+        self._scorers = Scorers(reward, text, concurrency, retries, node.wake, node.track)
         self._completions = node.serve("completions")
         self._learners = node.join("trajectories", on_link=self._greet, on_gone=self._learner_gone)
         self._incoming = Incoming(QUEUED_PER_THREAD * concurrency)
@@ -119,6 +138,7 @@ class Rewarder:
         self._scored, self._scoring_s = 0, 0.0
         node.gauges = self._gauges
         node.progress = lambda: self._scored
+        node.facts = self._facts
 
     def run(self) -> None:
         """Score until the run ends."""
@@ -232,6 +252,18 @@ class Rewarder:
         while self._outbox and (peer := self._credits.best()) is not None:
             self._learners[peer].send(self._outbox.popleft())
             self._credits.sent(peer)
+
+    def _facts(self) -> dict[str, Any]:
+        """For `rlsys why`: samples here by group, oldest first: being scored, scored and not acknowledged."""
+        groups: dict[int, list[int]] = {}
+        for key, trajectory in islice(self._held.items(), 8 * FACTS):
+            groups.setdefault(key[0], [0, 0])[trajectory is not None] += 1
+        oldest = min((since for since, _ in list(self._scorers.started.values())), default=0.0)
+        return {
+            "held": [(group, *counts) for group, counts in islice(groups.items(), FACTS)],
+            "scoring_since_s": oldest,
+            "outbox": len(self._outbox),
+        }
 
     def _gauges(self) -> dict[str, float]:
         statuses = {f"verdict/{status}": float(count) for status, count in self._statuses.items()}

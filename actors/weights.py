@@ -30,6 +30,11 @@ class WeightsIntake:
             self._announced = ready
 
     @property
+    def announced(self) -> int:
+        """The newest announced version; -1 for none."""
+        return -1 if self._announced is None else self._announced.number
+
+    @property
     def pending(self) -> WeightsReady | None:
         """The announced version that is not loaded, if any."""
         ready, loaded = self._announced, self._engine.version

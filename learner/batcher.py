@@ -109,6 +109,10 @@ class Batcher:
         """A complete training group."""
         self._groups.setdefault(group.trajectories[0].iteration, []).append(group)
 
+    def complete(self, iteration: int) -> list[int]:
+        """The groups of batch `iteration` that have come."""
+        return [group.group_id for group in self._groups.get(iteration, ())]
+
     def missing(self, iteration: int) -> int:
         """Groups that batch `iteration` still waits for."""
         return self._groups_per_iteration - len(self._groups.get(iteration, ()))

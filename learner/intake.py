@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from protocol.node import Node
 
 log = logging.getLogger("rlsys.learner")
 
+FACTS, MANY_FACTS = 64, 1024
+"""Most groups that a heartbeat names: incomplete ones with what they lack, and complete ones by their number alone."""
 CREDIT_WINDOW = 4096
 """Trajectories that all reward actors together may have under way to the learner. Journaling one costs microseconds."""
 
@@ -50,6 +53,8 @@ class Intake:
         self._error: BaseException | None = None
         self.loaded: deque[WeightsLoaded] = deque(maxlen=10_000)
         self.received = 0
+        self._wanted = -1
+        self._track = node.track("intake")
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
 
     # ------------------------------------------------------------------------------------------------ for the trainer's thread
@@ -62,10 +67,13 @@ class Intake:
         """Block until batch `iteration` is complete. Raises RunEnded when the run stops first."""
         with self._lock:
             while (missing := self._batcher.missing(iteration)) > 0:
-                recorder.enter("waiting:trajectories", "rewarder", f"{missing} groups of iteration {iteration}{self._who()}")
+                self._wanted = iteration
+                detail = f"{missing} groups of iteration {iteration}{self._who()}"
+                recorder.enter("waiting:trajectories", "rewarder", detail, iteration=iteration)
                 self._lock.wait(1.0)
                 self._raise()
-            recorder.enter("build batch")
+            self._wanted = -1
+            recorder.enter("build batch", iteration=iteration)
             return self._batcher.take(iteration)
 
     def wait_end(self, recorder: Recorder) -> None:
@@ -98,6 +106,18 @@ class Intake:
             self._outgoing.append(message)
         self._node.wake()
 
+    def facts(self) -> dict[str, Any]:
+        """For `rlsys why`: the newest version, the iteration that is waited for, and its groups, incomplete and complete."""
+        with self._lock:
+            newest = self._newest
+            return {
+                "version": newest.number if newest else -1,
+                "published_s": newest.published_s if newest else 0.0,
+                "wanted": self._wanted,
+                "missing": sorted(self._assembler.open_groups.items())[:FACTS],
+                "complete": self._batcher.complete(self._wanted)[:MANY_FACTS] if self._wanted >= 0 else [],
+            }
+
     def close(self) -> None:
         """End the thread, waiting a moment for it. Nothing happens when it was never started."""
         self._node.stop("closing")
@@ -121,7 +141,9 @@ class Intake:
         try:
             self._node.start()
             while True:
+                self._track.enter("waiting:trajectories", "rewarder")
                 self._node.poll(1.0)
+                self._track.enter("journal")
                 self._take_trajectories()
                 self._greet_readers()
                 self._send()
@@ -195,7 +217,7 @@ class Intake:
             if isinstance(message, WeightsReady):
                 self._readers = {peer for peer in self._readers if self._weights.send(peer, message)}
             elif isinstance(message, Metrics):
-                self._node.observe(self._node.recorder.drain())  # first, so that the iteration's idle share counts all of it
+                self._node.flush_intervals()  # first, so that the iteration's idle share counts all of it
                 self._node.observe(message)
             else:
                 for link in self._dispatchers.values():

@@ -38,6 +38,7 @@ from learner.settings import LearnerSettings
 from learner.sharing import SHARED_LONGEST, build_shared, plan_shared
 from learner.tally import Tally
 from protocol.errors import DataError
+from protocol.intervals import phase
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class Step:
         tally = Tally(self.model.device)
         broken: list[Skipped] = []
         if useful:
-            work = self._share(weighted, useful)
+            with phase("pack"):
+                work = self._share(weighted, useful)
             for update in range(self.settings.updates_per_batch):
                 work, found = self._update(weighted, work, tally, first=update == 0)
                 broken += found
@@ -182,17 +184,19 @@ class Step:
         broken: list[Skipped] = []
         kept: list[_Work] = []
         self._optimizer.zero_grad(set_to_none=True)
-        for planned in work:
-            for one, inputs in self._forward(weighted, planned, broken):
-                kept.append(one)
-                loss = self._loss(one.batch, inputs, corrected=self._corrected, entropy_coefficient=self._entropy_coefficient)
-                loss.total.backward()  # type: ignore[no-untyped-call]
-                tally.add_tokens(inputs, loss, first=first)
+        with phase("forward backward"):
+            for planned in work:
+                for one, inputs in self._forward(weighted, planned, broken):
+                    kept.append(one)
+                    loss = self._loss(one.batch, inputs, corrected=self._corrected, entropy_coefficient=self._entropy_coefficient)
+                    loss.total.backward()  # type: ignore[no-untyped-call]
+                    tally.add_tokens(inputs, loss, first=first)
         self._sum_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip))
-        if np.isfinite(norm):
-            self._optimizer.step()
-        else:
+        with phase("optimizer"):
+            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip))
+            if np.isfinite(norm):
+                self._optimizer.step()
+        if not np.isfinite(norm):
             broken += self._blame(weighted, kept)
         self._optimizer.zero_grad(set_to_none=True)
         tally.add_update(norm)
@@ -237,7 +241,8 @@ class Step:
             return
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self.group.sum(flat)
+        with phase("waiting:ranks", "learner", "the sum of gradients"):
+            self.group.sum(flat)
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

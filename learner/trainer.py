@@ -92,6 +92,7 @@ class Leader:
         self._iterations_done = 0
         node.gauges = self._gauges
         node.progress = lambda: self._intake.received + self._iterations_done
+        node.facts = lambda: {**self._intake.facts(), "ranks": job.settings.ranks}
         try:
             self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype)
             self._group = self._gather(job)
@@ -143,14 +144,15 @@ class Leader:
         for iteration in range(job.iterations):
             batch = self._intake.wait_batch(iteration, recorder)
 
-            with recorder.during("journal batch"):
+            with recorder.during("journal batch", iteration=iteration):
                 self._journal.append([b"batch", msgpack.packb({"iteration": iteration, "groups": [o.group_id for o in batch.outcomes]})])
                 self._journal.sync()
 
             started = time.monotonic()
-            with recorder.during("train"):
+            with recorder.during("train", iteration=iteration):
                 if self._group.size > 1:
-                    self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
+                    with recorder.during("waiting:ranks", "learner", "the batch's broadcast"):
+                        self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
                 metrics = self._step.train(batch.samples, iteration, job.iterations)
             train_s = time.monotonic() - started
 
@@ -161,7 +163,7 @@ class Leader:
 
     def _publish(self, number: int) -> float:
         started = time.monotonic()
-        with self._recorder.during("publish"):
+        with self._recorder.during("publish", iteration=number):
             ready = self._publisher.publish(Version(number), self._step.state_dict_for_publishing())
             self._intake.announce(ready)
         return time.monotonic() - started
@@ -215,8 +217,8 @@ def follow(node: Node, job: LearnerJob) -> None:
         data = group.broadcast_bytes(None)
         if not data:
             break
-        node.recorder.enter("train")
         samples, iteration = unpack_batch(data)
+        node.recorder.enter("train", iteration=iteration)
         step.train(samples, iteration, job.iterations)
     node.recorder.enter("waiting:end of run", "learner", "")
     poller.join()

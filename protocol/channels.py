@@ -47,7 +47,7 @@ CHANNELS = {
         "supervisor",
         EVERYONE,
         (m.Register, m.Heartbeat, m.Finished, m.Event, m.Snapshot),
-        (m.Peers, m.Stop, m.Refused),
+        (m.Peers, m.Stop, m.Refused, m.ClockEcho),
         "who lives, who stops",
     ),
     "tasks": Channel(

@@ -393,7 +393,7 @@ class Heartbeat(Message):
 
     Example:
         Heartbeat(identity="learner-0@1", doing="waiting:trajectories", peer="rewarder", since_s=1.0,
-                  detail="3 samples of group 812", progress=4711)
+                  detail="3 samples of group 812", progress=4711, sent_s=42.0, facts={"missing": [[812, 3]]})
     """
 
     identity: str
@@ -404,6 +404,25 @@ class Heartbeat(Message):
     detail: str
     progress: int
     """Grows with every useful thing done: tokens sampled, samples scored, trajectories received. A ring in which none grows has stalled."""
+    sent_s: float = 0.0
+    """On the sender's clock; echoed, so that the sender can tell how far its clock is off."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What of the ring's work is here, a few rows at most; `rlsys/waits.py` says what each role tells and puts them together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockEcho(Message):
+    """Supervisor to a process, after each heartbeat: see `protocol/clock.py`.
+
+    Example:
+        ClockEcho(sent_s=42.0, received_s=43.0, replied_s=43.0001)
+    """
+
+    sent_s: float
+    """Of the heartbeat, on the clock of the process."""
+    received_s: float
+    replied_s: float
+    """Both on the supervisor's clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -462,14 +481,23 @@ class Intervals(Message):
     """Any process to the dashboard: what it did since the last one.
 
     Example:
-        Intervals(identity="learner-0@1", names=["train", "waiting:trajectories"], rows=array([[0, 10, 20]]), offset_s=1.0)
+        Intervals(identity="learner-0@1", names=["train", "waiting:trajectories"], rows=array([[0, 10, 20, 3, -1]]), offset_s=1.0)
     """
 
     identity: str
     names: list[str]
     rows: Int64Array
-    """[n, 3]: index into names, start and end in microseconds after `offset_s`."""
+    """[n, 5]: index into names, start and end in microseconds after `offset_s`, iteration and group (-1 for none)."""
     offset_s: float
+    """On the supervisor's clock, as well as the sender knows it."""
+    track: str = ""
+    """A thread of its own; empty for the process's main one."""
+
+    def fault(self) -> str:
+        if self.rows.ndim != 2 or self.rows.shape[1] != 5:
+            return f"intervals of {self.identity}: rows have shape {self.rows.shape}, expected [n, 5]"
+        outside = len(self.rows) and not 0 <= int(self.rows[:, 0].min()) <= int(self.rows[:, 0].max()) < len(self.names)
+        return f"intervals of {self.identity}: a row names none of the {len(self.names)} names" if outside else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

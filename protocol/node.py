@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport, Waker
+from protocol.clock import Alignment, now_s
 from protocol.errors import RunEnded
-from protocol.intervals import Recorder
-from protocol.messages import Event, Finished, Heartbeat, Message, Metrics, Peers, Refused, Register, Stop
+from protocol.intervals import Recorder, record_here
+from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Message, Metrics, Peers, Refused, Register, Stop
 
 log = logging.getLogger("rlsys.node")
 
@@ -76,11 +77,16 @@ class Node:
         self.spec = spec
         self.identity = spec.identity
         self.recorder = recorder or Recorder(spec.identity)
+        record_here(self.recorder)
+        self._tracks: list[Recorder] = []
+        self.clock = Alignment()
         self.transport = spec.transport()
         self.gauges: Callable[[], Mapping[str, float]] = dict
         """Called at each flush: numbers of this moment, for the dashboard."""
         self.progress: Callable[[], int] = int
         """Called at each heartbeat: a count that grows with every useful thing done."""
+        self.facts: Callable[[], dict[str, Any]] = dict
+        """Called at each heartbeat: what of the ring's work is here, for `rlsys why`; see rlsys/waits.py."""
         self._stop_reason: str | None = None
         self._waker = Waker()
         self._poller = Poller()
@@ -133,6 +139,12 @@ class Node:
         spec = self.spec
         self._control.send(Register(role=spec.role, index=spec.index, identity=self.identity, pid=os.getpid(), addresses=addresses))
         self.beat()
+
+    def track(self, name: str, first: str = "starting") -> Recorder:
+        """A recorder for another thread of this process; what it records goes out with each heartbeat."""
+        recorder = Recorder(self.identity, first, track=name, keep=self.recorder.keep)
+        self._tracks.append(recorder)
+        return recorder
 
     def poll(self, timeout_s: float) -> None:
         """Wait until something arrives, at most `timeout_s`, and do the housekeeping. Raises RunEnded once the run stops."""
@@ -195,7 +207,14 @@ class Node:
         now = self.recorder.activity
         self._control.send(
             Heartbeat(
-                identity=self.identity, doing=now.name, peer=now.peer, since_s=now.since_s, detail=now.detail, progress=self.progress()
+                identity=self.identity,
+                doing=now.name,
+                peer=now.peer,
+                since_s=now.since_s + self.clock.offset_s,
+                detail=now.detail,
+                progress=self.progress(),
+                sent_s=now_s(),
+                facts=self.facts(),
             )
         )
         while self._outbox:
@@ -204,10 +223,16 @@ class Node:
             if isinstance(message, Event):
                 self.observe(message)
         if self._links["observe"]:
-            self.observe(self.recorder.drain())
+            self.flush_intervals()
             usage = resource.getrusage(resource.RUSAGE_SELF)
             values = {"process/cpu_s": usage.ru_utime + usage.ru_stime, "process/rss_bytes": float(resident_bytes())}
             self.metrics(-1, {**values, **self.gauges()})
+
+    def flush_intervals(self) -> None:
+        """What every track of this process recorded since the last time, to the dashboard."""
+        for recorder in (self.recorder, *self._tracks):
+            if recorder.keep:
+                self.observe(recorder.drain(self.clock.offset_s))
 
     def close(self) -> None:
         """Flush what was recorded and close every socket, giving the last messages a moment to leave."""
@@ -223,6 +248,8 @@ class Node:
             self.stop(f"refused by the supervisor: {message.reason}")
         elif isinstance(message, Peers):
             self._meet(message)
+        elif isinstance(message, ClockEcho):
+            self.clock.observe(message.sent_s, message.received_s, message.replied_s, now_s())
 
     def _meet(self, message: Peers) -> None:
         self._peers = message.peers

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict, deque
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tensorboard.summary import Writer
@@ -26,6 +26,8 @@ from rlsys.config import RunConfig
 SNAPSHOT_S = 0.5
 RATE_WINDOW_S = 5.0
 """Counters arrive twice a second, so rates over shorter times would jump."""
+EVENTS_BYTES = 32 << 20
+"""Of a track's file before it is moved aside; with the old one, at most twice that. A busy track writes about 2 kB/s: hours."""
 
 
 def role_of(identity: str) -> str:
@@ -52,7 +54,9 @@ class Fleets:
         self._gauges.setdefault(identity, {}).update(values)
 
     def intervals(self, message: Intervals) -> None:
-        """Add busy and waiting time of one process."""
+        """Add busy and waiting time of one process; its main track counts."""
+        if message.track:
+            return
         role = role_of(message.identity)
         seconds = (message.rows[:, 2] - message.rows[:, 1]) / 1e6
         waiting = np.array([is_waiting(name) for name in message.names], bool)[message.rows[:, 0]]
@@ -102,6 +106,28 @@ class Fleets:
         }
 
 
+class BoundedLines:
+    """A file of lines that is moved to `old/` past `most_bytes`, where it replaces the one before."""
+
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._path, self._most_bytes = path, most_bytes
+        self._file = path.open("a", buffering=1)
+        self._size = path.stat().st_size
+
+    def write(self, line: str) -> None:
+        """Append one line."""
+        if self._size and self._size + len(line) > self._most_bytes:
+            self._file.close()
+            old = self._path.parent / "old"
+            old.mkdir(exist_ok=True)
+            self._path.replace(old / self._path.name)
+            self._file, self._size = self._path.open("a", buffering=1), 0
+        self._size += self._file.write(line + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Dashboard:
     """The loop of the dashboard process."""
 
@@ -112,7 +138,7 @@ class Dashboard:
         self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._events_dir = run_dir / "events"
         self._events_dir.mkdir(exist_ok=True)
-        self._files: dict[str, TextIO] = {}
+        self._tracks: dict[str, BoundedLines] = {}
         self._board = Writer(str(run_dir / "tensorboard"))
         self._fleets = Fleets()
         self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "rewards": []}
@@ -136,8 +162,9 @@ class Dashboard:
             raise
         finally:
             self._board.close()
-            for file in [self._metrics, *self._files.values()]:
-                file.close()
+            self._metrics.close()
+            for track in self._tracks.values():
+                track.close()
 
     def _drain(self) -> None:
         """Other processes flush when they end: take that too, until nothing has come for a while."""
@@ -162,15 +189,16 @@ class Dashboard:
             elif isinstance(message, Intervals):
                 self._fleets.intervals(message)
                 rows = {"offset_s": message.offset_s, "names": message.names, "rows": message.rows.tolist()}
-                self._file(message.identity.partition("@")[0]).write(json.dumps(rows) + "\n")
+                name = message.identity.partition("@")[0] + (f"+{message.track}" if message.track else "")
+                self._track(name).write(json.dumps(rows))
             elif isinstance(message, Event):
                 self._event(message)
         return count
 
-    def _file(self, name: str) -> TextIO:
-        if name not in self._files:
-            self._files[name] = (self._events_dir / f"{name}.jsonl").open("a", buffering=1)
-        return self._files[name]
+    def _track(self, name: str) -> BoundedLines:
+        if name not in self._tracks:
+            self._tracks[name] = BoundedLines(self._events_dir / f"{name}.jsonl", EVENTS_BYTES)
+        return self._tracks[name]
 
     def _iteration(self, message: Metrics) -> None:
         """The learner finished an iteration: everything of this moment is written at that step."""

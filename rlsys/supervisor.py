@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from protocol.channels import Endpoint, Keys, Poller, Transport
+from protocol.clock import now_s
 from protocol.intervals import is_waiting
-from protocol.messages import Event, Finished, Heartbeat, Message, Peers, Register, Snapshot, Stop
+from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Message, Peers, Register, Snapshot, Stop
 from protocol.node import ProcessSpec
 from rlsys.config import RunConfig
 from rlsys.launchers.local import Child, cpu_seconds
@@ -177,12 +178,13 @@ class Supervisor:
         process = self._processes.get(peer)
         if process is None:
             return
-        process.heard_s = time.monotonic()
+        process.heard_s, received_s = time.monotonic(), now_s()
         if isinstance(message, Register):
             process.registered = message
             self._introduce(control)
         elif isinstance(message, Heartbeat):
             process.heartbeat = message
+            control.send(peer, ClockEcho(sent_s=message.sent_s, received_s=received_s, replied_s=now_s()))
         elif isinstance(message, Event):
             self._on_phase(message)
             self.on_event(message)

@@ -27,6 +27,7 @@ from actors.engines.embedded_options import Options
 from actors.engines.sampling import draw, uniforms
 from actors.engines.slots import Slots
 from protocol.errors import ConfigError, InfrastructureFault
+from protocol.intervals import phase
 from protocol.messages import Version
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -217,8 +218,9 @@ class EmbeddedEngine:
         ahead = [w for w in self._waiting if w.prefix is None][: self._slots.capacity]
         prefixes = [w.request.prompt_ids[:-1].astype(np.int64) for w in ahead]
         count = self._batch_size(prefixes)
-        for waiting, prefix in zip(ahead[:count], self._prefill(prefixes[:count]), strict=True):
-            waiting.prefix = prefix
+        with phase("prefill"):
+            for waiting, prefix in zip(ahead[:count], self._prefill(prefixes[:count]), strict=True):
+                waiting.prefix = prefix
 
     def _batch_size(self, prefixes: list[npt.NDArray[np.int64]]) -> int:
         """How many of the first prefixes make a batch of at most `prefill_tokens` padded tokens; at least one."""

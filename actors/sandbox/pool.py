@@ -18,6 +18,7 @@ from pathlib import Path
 from actors.sandbox.cell import START_DEADLINE_S, Cell
 from actors.sandbox.selftest import choose_profile
 from protocol.errors import DeadlineExceeded, InfrastructureFault
+from protocol.intervals import phase
 
 PACKAGES = ("numpy", "sortedcontainers")
 """Offered to judged programs where they are installed, as judges of programming contests do."""
@@ -72,14 +73,15 @@ class CellPool:
         Waits while `num_cells` leases run, but not in a thread that holds one already, and a lease of several cells starts more cells
         if it must: so leases never wait for each other in a circle. Raises DeadlineExceeded, and InfrastructureFault after `close`.
         """
-        with self._changed:
+        with phase("waiting:sandbox", "sandbox", f"{self._leases} leases run"), self._changed:
             if not self._changed.wait_for(self._may_lease, _LEASE_DEADLINE_S):
                 raise DeadlineExceeded(f"no sandbox cell became idle within {_LEASE_DEADLINE_S:.0f} s; {self._leases} leases run")
             cells = self._take(number)
         try:
             if len(cells) < number:
                 self._add(cells, number - len(cells))
-            yield cells
+            with phase("run program"):
+                yield cells
         finally:
             self._give_back(cells)
 

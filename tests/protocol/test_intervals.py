@@ -1,11 +1,12 @@
 """Busy and waiting seconds sum to the wall time, whatever happens."""
 
+import threading
 from collections.abc import Iterator
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.intervals import Recorder
+from protocol.intervals import Recorder, here, phase, record_here
 
 
 class Clock:
@@ -26,7 +27,7 @@ def test_totals_and_rows_sum_to_the_wall_time(steps: list[tuple[str, float]]) ->
 
     def take() -> Iterator[tuple[str, float]]:
         message = recorder.drain()
-        for name, start, end in message.rows:
+        for name, start, end, _, _ in message.rows:
             yield message.names[name], (end - start) / 1e6
 
     for name, seconds in steps:
@@ -72,3 +73,33 @@ def test_rows_are_bounded_and_losses_counted() -> None:
     assert recorder.rows_lost > 30
     assert len(recorder.drain().rows) <= 10
     assert abs(sum(recorder.totals().values()) - 50) < 1e-9
+
+
+def test_a_phase_goes_to_the_recorder_of_its_thread_and_keeps_the_iteration() -> None:
+    clock = Clock()
+    recorder = Recorder("p", clock=clock)
+
+    def work() -> None:
+        record_here(recorder)
+        recorder.enter("train", iteration=7)
+        with phase("optimizer"):
+            clock.now += 2
+        clock.now += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with phase("nobody records this"):
+        assert here() is None
+    message = recorder.drain()
+    rows = [(message.names[n], b - a, k) for n, a, b, k, _ in message.rows.tolist()]
+    assert rows == [("optimizer", 2_000_000, 7), ("train", 1_000_000, 7)]
+
+
+def test_without_keeping_there_are_totals_and_no_rows() -> None:
+    clock = Clock()
+    recorder = Recorder("p", clock=clock, keep=False)
+    recorder.enter("train")
+    clock.now += 5
+    assert recorder.totals()["train"] == 5
+    assert len(recorder.drain().rows) == 0

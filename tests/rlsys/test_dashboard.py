@@ -27,7 +27,7 @@ def metrics(identity: str, iteration: int, time_s: float = 0.0, **values: float)
 
 def intervals(identity: str, *rows: tuple[str, float, float]) -> Intervals:
     names = sorted({name for name, *_ in rows})
-    table = np.array([(names.index(name), start * 1e6, end * 1e6) for name, start, end in rows], np.int64)
+    table = np.array([(names.index(name), start * 1e6, end * 1e6, -1, -1) for name, start, end in rows], np.int64)
     return Intervals(identity=identity, names=names, rows=table, offset_s=1000.0)
 
 

@@ -11,7 +11,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens_per_s: float = Field(gt=0, description="tokens of prompt and completion that one device trains on per second")
-    devices: int = Field(1, ge=1, description="devices of one rank")
+    devices: float = Field(1, gt=0, description="devices of one rank; a fraction is a device shared with a generator")
     fixed_s: float = Field(0.0, ge=0, description="time of a step besides its tokens")
     publish_s: float = Field(0.0, ge=0, description="time to gather the weights before they are written")
     weight_bytes: int = Field(1 << 20, ge=64, description="size of the safetensors file that is really written and published")

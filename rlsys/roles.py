@@ -95,6 +95,7 @@ def _generator(node: Node, config: RunConfig) -> None:
         threads=settings.threads,
         dtype=settings.dtype,
         device=settings.device,
+        index=node.spec.index,
         extra=dict(settings.options),
     )
     engine = resolve(settings.engine, ENGINES, "engine")(options)

@@ -96,6 +96,8 @@ class EngineOptions:
     threads: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    index: int = 0
+    """Of the generator actor that the engine works for."""
     extra: dict[str, object] = field(default_factory=dict)
 
 

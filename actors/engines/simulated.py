@@ -58,8 +58,11 @@ class SimulatedEngine:
         self._vocabulary = _vocabulary(options.model_path)
         self._max_context = options.max_context
         self._lengths = Lengths(self._options.lengths)
+        total_rate = self._options.share(options.index) * self._options.tokens_per_s
         self._device: FluidDevice[tuple[str, int]] = FluidDevice(
-            sample_rate=self._options.tokens_per_s_sample, total_rate=self._options.tokens_per_s, slots=options.slots
+            sample_rate=min(self._options.tokens_per_s_sample, total_rate),
+            total_rate=total_rate,
+            slots=max(1, round(self._options.share(options.index) * options.slots)),
         )
         self._samples: dict[tuple[str, int], _Sample] = {}
         self._held: list[SampleRequest] = []

@@ -1,0 +1,90 @@
+"""The simulation by events: exact where it can be worked out by hand, never faster than its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsys.planning.figures import Figures
+from rlsys.planning.limits import Split, drawn_load, schedule_limit
+from rlsys.planning.simulate import shares, simulate, simulate_colocated, steady
+
+
+def figures(**changes: Any) -> Figures:
+    content = {
+        "devices": 4,
+        "groups_per_iteration": 10,
+        "group_size": 4,
+        "lengths": {"mean": 100, "sigma": 0},
+        "sampling": {"tokens_per_s_sample": 10, "tokens_per_s": 1000, "slots": 64},
+        "training": {"tokens_per_s": 400},
+    }
+    return Figures.model_validate({**content, **changes})
+
+
+def test_synchronous_is_the_sum_of_its_parts() -> None:
+    """40 samples of 100 tokens at 10 per second: 10 s; a reward of 3 s; 4,000 tokens on one learner device: 10 s."""
+    out = simulate(figures(reward={"seconds": 3, "sandboxes": 40}), Split(generators=2, trainers=1), max_staleness=0, iterations=5)
+    assert out.published == pytest.approx([0, 23, 46, 69, 92, 115])
+    assert out.staleness_max == 0
+    assert out.learner_shares() == pytest.approx({"train": 10 / 23, "waiting:samples": 10 / 23, "waiting:rewards": 3 / 23})
+    assert out.generator_shares() == pytest.approx({"sampling": 10 / 23, "idle:pacing": 13 / 23})
+
+
+def test_one_off_overlaps_what_the_bound_allows() -> None:
+    """Batches of 0 and 1 are sampled first; then sampling (10 s) hides behind training (10 s)."""
+    out = simulate(figures(), Split(generators=2, trainers=1), max_staleness=1, iterations=8)
+    assert out.s_per_iteration == pytest.approx(10)
+    assert out.staleness_max == 1
+    assert out.generator_shares()["sampling"] == pytest.approx(1.0)
+    assert out.learner_shares()["train"] == pytest.approx(1.0)
+
+
+def test_rewards_queue_for_sandboxes() -> None:
+    """40 samples of 3 s on 10 sandboxes: 12 s after all are sampled at once."""
+    out = simulate(figures(reward={"seconds": 3, "sandboxes": 10}), Split(generators=2, trainers=1), max_staleness=0, iterations=4)
+    assert out.s_per_iteration == pytest.approx(10 + 12 + 10)
+
+
+def test_colocated_uses_every_device_for_each_part_and_switches_twice() -> None:
+    out = simulate_colocated(figures(switch_s=2), iterations=4)
+    assert out.s_per_iteration == pytest.approx(10 + 2 + 2.5 + 2)
+
+
+def test_updates_stall_the_generators() -> None:
+    sampling = {"tokens_per_s_sample": 10, "tokens_per_s": 1000, "slots": 64, "update_s": 4}
+    out = simulate(figures(sampling=sampling), Split(generators=2, trainers=1), max_staleness=0, iterations=4)
+    assert out.s_per_iteration == pytest.approx(4 + 10 + 10)
+    assert out.generator_shares()["update"] == pytest.approx(4 / 24)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.floats(0.0, 1.2), st.sampled_from([4, 16, 64]), st.floats(0, 40))
+def test_no_schedule_beats_its_limit(generators: int, trainers: int, staleness: int, sigma: float, slots: int, reward_s: float) -> None:
+    one = figures(
+        lengths={"mean": 300, "sigma": sigma, "cap": 2000},
+        sampling={"tokens_per_s_sample": 20, "tokens_per_s": 300, "slots": slots},
+        reward={"seconds": reward_s, "sandboxes": 8},
+    )
+    split = Split(generators=generators, trainers=trainers)
+    out = simulate(one, split, max_staleness=staleness, iterations=10)
+    assert out.staleness_max <= staleness
+    total = sum(out.learner_shares().values()), sum(out.generator_shares().values())
+    assert total == pytest.approx((1.0, 1.0), abs=1e-6)
+    whole = drawn_load(one, 0, 0, 10)
+    at_least = schedule_limit(one, whole, split, staleness)
+    assert out.published[-1] >= 10 * max(at_least.sampling, at_least.training, at_least.scoring) * (1 - 1e-9)
+
+
+def test_the_steady_part_lies_inside_the_run() -> None:
+    for iterations in range(1, 12):
+        for staleness in range(4):
+            first, last = steady(iterations, staleness)
+            assert 0 <= first < last <= iterations
+
+
+def test_shares_of_a_window() -> None:
+    assert shares([(0, 4, "a"), (4, 6, "b"), (8, 20, "a")], 2, 10, rest="c") == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})

@@ -5,26 +5,33 @@ Prints executions per CPU-second of all processes involved (owner, zygote, progr
     sandbox      one job per execution: namespaces, seccomp, limits, checked clean (`Sandbox.run`)
     series       a problem of 15 tests by `Sandbox.run_each`, as the reward runs it
     fresh        `python -I -S file.py`, no isolation
-    in-process   the common checker, as the code of APPS, TACO and LiveCodeBench ships it: for each problem a multiprocessing.Manager
-                 for the result and a Process that imports the usual modules and runs `exec`; one test each
+    in-process   the common checker, as LiveCodeBench ships it and verl and others carry it: for each problem a multiprocessing.Manager
+                 for the result and a Process that sets limits, disables functions and runs `exec`; one test each. Its
+                 parent is this small process: forked from a trainer's, with torch in it, it costs more
 
 CPU time and not wall time, because a machine that trains has no idle cores. Exits with 1 when a bound of BOUNDS is not met.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import faulthandler
+import importlib
 import io
 import json
 import multiprocessing
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import mock_open, patch
 
 from actors.sandbox import wire
 from actors.sandbox.cell import interpreter
@@ -34,6 +41,11 @@ from actors.sandbox.runner import Sandbox
 SOURCE = "a, b = map(int, input().split())\nprint(a + b)\n"
 ROUNDS = 5
 """Each way is measured so often, in turns, and its best round counts: other load on the machine only ever adds."""
+USUAL_MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json typing".split()  # noqa: SIM905 - 17 names
+)
+USUAL_PREAMBLE = "\n".join(f"from {name} import *" for name in USUAL_MODULES)
+"""What those checkers put before every program."""
 BOUNDS = {"executions per CPU-second": 350.0, "times fresh": 3.0, "times in-process": 8.0}
 
 
@@ -62,19 +74,33 @@ def per_cpu_second(work: Callable[[int], None], number: int) -> float:
 
 
 def usual_checker(result: list[bool]) -> None:
-    """What the common in-process checkers do in their process: import a dozen modules, limit memory, exec, compare."""
-    import bisect, collections, copy, datetime, functools, heapq, itertools, math, random, re, statistics, string  # noqa: E401, F401, I001
-
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    """What the process of the `run_test` of LiveCodeBench does, which trainers carry: limits, guards, parse, exec. Imports are done."""
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
+    for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        resource.setrlimit(limit, (4 << 30, 4 << 30))
+    faulthandler.disable()
+    for module, names in ((os, "kill system fork removedirs rmdir chmod chown unlink chdir"), (shutil, "rmtree move chown")):
+        for name in names.split():
+            setattr(module, name, None)
+    tree = ast.parse(SOURCE)  # once for a main guard, once more to wrap the body in a function
+    tree = ast.parse(USUAL_PREAMBLE + "\ndef wrapped():\n" + "".join(f"    {line}\n" for line in ast.unparse(tree).splitlines()))
+    names_of_module: dict[str, object] = {}
+    exec(compile(tree, "<string>", "exec"), names_of_module)
+    wrapped = names_of_module["wrapped"]
+    assert callable(wrapped)
     out = io.StringIO()
-    sys.stdin = io.StringIO("1 2\n")
-    with contextlib.redirect_stdout(out):
-        exec(SOURCE, {"__name__": "__main__"})
-    result.append(out.getvalue().split() == ["3"])
+    signal.alarm(6)
+    given = io.StringIO("1 2\n")
+    with patch("builtins.open", mock_open(read_data="1 2\n")), patch("sys.stdin", given), contextlib.redirect_stdout(out):
+        wrapped()
+    signal.alarm(0)
+    result.append([line.strip() for line in out.getvalue().strip().split("\n")] == ["3"])
 
 
 def in_process(number: int) -> None:
     """One Manager and one Process per problem."""
+    for name in USUAL_MODULES:
+        importlib.import_module(name)
     context = multiprocessing.get_context("fork")
     for _ in range(number):
         with context.Manager() as manager:

@@ -23,6 +23,15 @@ START_DEADLINE_S = 30.0
 """A start takes 0.1 s; a machine that pages may need longer."""
 _GRACE_S = 20.0  # a report comes milliseconds after the wall limit; a cell that is silent for so long is broken
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # a verdict can be had again
+    "LD_BIND_NOW": "1",  # or every fork looks up the same functions again
+}
+_FLAGS = ("-s", "-S", "-P", "-X", "no_debug_ranges")
+"""Not -I, which ignores PYTHONHASHSEED; the environment is ours, so -s and -P shut out the rest. Without debug ranges compiling is
+cheaper; tracebacks lose their carets."""
 _BOOT = "import sys; sys.path.insert(0, {root!r}); from actors.sandbox.zygote import main; main()"
 
 
@@ -68,7 +77,7 @@ class Cell:
             "source": _SOURCE_ROOT,
             "tmp": self._tmp,
         }
-        command = [interpreter(), "-I", "-S", "-c", _BOOT.format(root=_SOURCE_ROOT), str(theirs.fileno()), json.dumps(options)]
+        command = [interpreter(), *_FLAGS, "-c", _BOOT.format(root=_SOURCE_ROOT), str(theirs.fileno()), json.dumps(options)]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -76,7 +85,7 @@ class Cell:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
-                env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
+                env=_ENVIRONMENT,
             )
         finally:
             theirs.close()

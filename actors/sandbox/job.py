@@ -36,34 +36,52 @@ CONTEST_NAMES: dict[str, object] = {}
 """Filled by the zygote when it is warm."""
 _main_names: dict[str, object] = {}
 _RECURSION_LIMIT = 1000  # the interpreter's default
+_WARM_RUNS = 24  # the interpreter specialises a function at about its tenth call
+_WARM_SOURCE = b"""
+import sys
+def main():
+    n = int(input())
+    a, b = map(int, input().split())
+    return [a + b + int(line) for line in sys.stdin], [0] * n
+print(*main()[0], sep="\\n")
+"""
 _STAGE = 100  # where the descriptors of a job are parked if one stands where another belongs
 
 
-def run(job: wire.Job, descriptors: list[int], seccomp: SeccompFilter, tmp: str, started: mmap.mmap) -> NoReturn:
-    """Become the job. `descriptors` are program, stdin, stdout, stderr and extras, as received.
+def confinement(job: wire.Job, num_streams: int, seccomp: SeccompFilter) -> tuple[linux.Step, ...]:
+    """What binds the fork before the program runs; made in the zygote, once for all jobs of the same kind and limits."""
+    seconds = -(-int(job.cpu_s * 1e6) // 1_000_000)
+    space = job.memory_bytes + _RESERVE_BYTES
+    steps = [linux.SET_SID]
+    if job.kind == wire.NATIVE:
+        steps += [linux.close_step(num_streams, PROGRAM - 1), linux.close_step(PROGRAM + 1)]
+        steps += [linux.limit_step(resource.RLIMIT_NOFILE, PROGRAM, PROGRAM)]
+    else:
+        steps += [linux.close_step(num_streams)]
+    # soft below hard: SIGXCPU then says without doubt that it was the processor time
+    steps += [linux.limit_step(resource.RLIMIT_CPU, seconds, seconds + 1), linux.limit_step(resource.RLIMIT_AS, space, space)]
+    steps += [linux.limit_step(resource.RLIMIT_FSIZE, job.output_bytes, job.output_bytes)]
+    steps += [linux.limit_step(resource.RLIMIT_NPROC, job.num_threads, job.num_threads)]
+    return (*steps, linux.drop_capabilities_step(), linux.FORBID_NEW_PRIVILEGES, seccomp.step())
+
+
+def run(job: wire.Job, descriptors: list[int], steps: tuple[linux.Step, ...], tmp: str, started: mmap.mmap) -> NoReturn:
+    """Become the job. `descriptors` are program, stdin, stdout, stderr and extras, as received; `steps` is its `confinement`.
 
     `started` is a page shared with the zygote: its first byte becomes 1 when all confinement is in place. It is gone before the
     program runs, so a program cannot pretend that the fault was ours.
     """
     try:
-        os.setsid()
         is_python = job.kind != wire.NATIVE
         source = _read_all(descriptors[0]) if is_python else b""
-        num_streams = len(descriptors) - len(job.files)
-        kept = descriptors[1:num_streams]
+        kept = descriptors[1 : len(descriptors) - len(job.files)]
         if not is_python:
             os.dup2(descriptors[0], PROGRAM, inheritable=False)
-        _place(kept, keep_program=not is_python)
-        _limit(job)
-        os.chdir(tmp)
-        if job.kind == wire.NATIVE:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (PROGRAM, PROGRAM))
+        _place(kept)
         if job.kind in (wire.NATIVE, wire.COMPILER):
             for number in (signal.SIGXFSZ, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # Python ignores both, and exec inherits that
-        linux.drop_capabilities()
-        linux.forbid_new_privileges()
-        seccomp.install()
+        linux.perform(steps)
         started[0] = 1
         if job.kind == wire.NATIVE:
             linux.exec_descriptor(PROGRAM, ["./solution", *job.arguments], ENVIRONMENT)
@@ -102,31 +120,39 @@ def place_files(job: wire.Job, descriptors: list[int], tmp: str) -> None:
 
 
 def _read_all(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
+    size = os.lseek(descriptor, 0, os.SEEK_END)
     return os.pread(descriptor, size, 0)
 
 
-def _place(descriptors: list[int], keep_program: bool) -> None:
-    """Make `descriptors` 0, 1, 2, ... and close all others, the control socket among them."""
+def _place(descriptors: list[int]) -> None:
+    """Make `descriptors` 0, 1, 2, ..."""
     if min(descriptors) < len(descriptors):
         descriptors = [os.dup2(descriptor, _STAGE + target) for target, descriptor in enumerate(descriptors)]
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
-    if keep_program:
-        linux.close_range(len(descriptors), PROGRAM - 1)
-        linux.close_range(PROGRAM + 1)
-    else:
-        linux.close_range(len(descriptors))
 
 
-def _limit(job: wire.Job) -> None:
-    seconds = -(-int(job.cpu_s * 1e6) // 1_000_000)
-    space = job.memory_bytes + _RESERVE_BYTES
-    # soft below hard: SIGXCPU then says without doubt that it was the processor time
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (job.output_bytes, job.output_bytes))
-    resource.setrlimit(resource.RLIMIT_NPROC, (job.num_threads, job.num_threads))
+def warm() -> None:
+    """Run a small program often enough that the interpreter has specialised its own code and filled its caches for what every job does.
+
+    A fork would do so again each time, on pages that it must then copy. Descriptors 1 and 2 are /dev/null; so is 0 afterwards.
+    """
+    nothing = [os.dup2(number, _STAGE + number) for number in range(3)]
+    text = os.memfd_create("warm")
+    os.write(text, b"2\n3 4\n5\n")
+    for _ in range(_WARM_RUNS):
+        _read_all(text)
+        os.lseek(text, 0, os.SEEK_SET)
+        _place([text, *nothing[1:]])
+        open_stdio()
+        linux.perform([linux.NOTHING] * 8)
+        _run_as_main(compile(_WARM_SOURCE, "solution.py", "exec", dont_inherit=True))
+        _leaves_something()
+        _flush()
+    _place(nothing)
+    for descriptor in (text, *nothing):
+        os.close(descriptor)
+    open_stdio()
 
 
 def open_stdio() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None)
@@ -112,9 +114,67 @@ def drop_capabilities() -> None:
     _syscall(_SYS_CAPSET, "capset", *_NO_CAPABILITIES)
 
 
+class Step(NamedTuple):
+    """A call of the C library with its arguments laid out beforehand; it answers -1 for an error."""
+
+    name: str
+    function: Callable[..., int]
+    arguments: tuple[Any, ...]
+
+
+def perform(steps: Iterable[Step]) -> None:
+    """Make the calls in order. Raises OSError with the name of the first that fails.
+
+    For a fresh fork: every name that is looked up, every object that is made there costs a copy of the page that it stands on.
+    """
+    for name, function, arguments in steps:
+        if function(*arguments) == -1:
+            raise OSError(f"{name} failed")
+
+
+def limit_step(resource: int, soft: int, hard: int) -> Step:
+    """setrlimit(2)."""
+    return Step(f"setrlimit {resource}", _libc_with_gil.setrlimit, (resource, struct.pack("=QQ", soft, hard)))
+
+
+def drop_capabilities_step() -> Step:
+    """Empty the effective, permitted and inheritable sets (capset(2))."""
+    return Step("capset", _libc_with_gil.syscall, (ctypes.c_long(_SYS_CAPSET), *_NO_CAPABILITIES))
+
+
+def close_step(first: int, last: int = 0xFFFF_FFFF) -> Step:
+    """Close every descriptor from `first` to `last` (close_range(2))."""
+    numbers = (ctypes.c_uint(first), ctypes.c_uint(last), 0)
+    return Step("close_range", _libc_with_gil.syscall, (ctypes.c_long(_SYS_CLOSE_RANGE), *numbers))
+
+
+NOTHING = Step("getppid", _libc_with_gil.getppid, ())
+SET_SID = Step("setsid", _libc_with_gil.setsid, ())
+FORBID_NEW_PRIVILEGES = Step("prctl no_new_privs", _libc_with_gil.prctl, (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+_fork, _kill, _wait4 = _libc_with_gil.fork, _libc_with_gil.kill, _libc_with_gil.wait4
+_wait_status = ctypes.c_int()
+_usage = ctypes.create_string_buffer(144)
+_wait_arguments = (ctypes.byref(_wait_status), 0, _usage)
+_USAGE_HEAD = struct.Struct("=qqqqq")  # user seconds and microseconds, system seconds and microseconds, peak resident KiB
+
+
 def raw_fork() -> int:
     """fork(2) without Python's at-fork handlers, which touch about 100 pages (a third of a job's cost). -1 is an error."""
-    return int(_libc_with_gil.fork())
+    return int(_fork())
+
+
+def kill_quietly(pid: int) -> bool:
+    """SIGKILL (kill(2)); False where there is no such process. No exception, which would cost more than the call."""
+    return bool(_kill(pid, 9) == 0)
+
+
+def reap(pid: int) -> tuple[int, int, int, int]:
+    """Wait for a child (wait4(2)): its pid or -1 where there is none, wait status, processor microseconds, peak resident KiB."""
+    reaped = _wait4(pid, *_wait_arguments)
+    user_s, user_us, system_s, system_us, peak_kib = _USAGE_HEAD.unpack_from(_usage)
+    return reaped, _wait_status.value, (user_s + system_s) * 1_000_000 + user_us + system_us, peak_kib
 
 
 def close_range(first: int, last: int = 0xFFFF_FFFF) -> None:
@@ -141,9 +201,9 @@ class SeccompFilter:
         self._buffer = ctypes.create_string_buffer(instructions, len(instructions))
         self._program = _FilterProgram(len(instructions) // 8, ctypes.cast(self._buffer, ctypes.c_void_p))
 
-    def install(self) -> None:
-        """Bind the caller and all that it starts to the filter (seccomp(2)); needs `forbid_new_privileges` first."""
-        _syscall(_SYS_SECCOMP, "seccomp", 1, 0, ctypes.byref(self._program))
+    def step(self) -> Step:
+        """Bind the caller and all that it starts to the filter (seccomp(2)); needs FORBID_NEW_PRIVILEGES first."""
+        return Step("seccomp", _libc_with_gil.syscall, (ctypes.c_long(_SYS_SECCOMP), 1, 0, ctypes.byref(self._program)))
 
 
 def landlock_abi() -> int:

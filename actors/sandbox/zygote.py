@@ -22,6 +22,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ PRELOAD = tuple(
 """Modules that judged programs import most; importing one of them then costs a dictionary look-up."""
 
 _MAX_DESCRIPTORS = 4 + 1 + 2 * wire.LONGEST_SERIES
+_MAX_CONFINEMENTS = 64  # a service that takes its limits from callers would otherwise grow here
 _DEFAULT_STACK_BYTES = 256 << 20  # recursion in compiled programs; the hard limit is open, `memory_bytes` bounds it anyway
 
 
@@ -73,7 +75,9 @@ class Zygote:
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
         single = seccomp.build()
+        self._confinements: dict[Any, tuple[linux.Step, ...]] = {}
         self._running = 0
+        os.chdir(self._tmp)  # where every job starts
         if not self._is_pid_1:
             signal.signal(signal.SIGTERM, lambda *_: self._end_now())
         self._filters = {
@@ -108,9 +112,8 @@ class Zygote:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_STACK, (_DEFAULT_STACK_BYTES, resource.RLIM_INFINITY))
+        job.warm()
         random.seed(job.RANDOM_SEED)
-        job.open_stdio()
-        compile("for a in input().split():\n    print(a + 'b')\n", "warm", "exec")
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -134,29 +137,44 @@ class Zygote:
 
     def _run(self, asked: wire.Job, descriptors: list[int]) -> wire.Report:
         self._started[0] = 0
+        try:
+            steps = self._confinement(asked, len(descriptors)) if self._is_pid_1 else ()
+        except struct.error as error:
+            os.write(descriptors[3], f"limits that no kernel takes: {error}".encode())
+            return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0)
         started_s = time.monotonic()
         pid = linux.raw_fork()
         if pid == 0:
-            self._become_job(asked, descriptors)
+            self._become_job(asked, descriptors, steps)
         if pid < 0:
             os.write(descriptors[3], b"fork failed")
             return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0)
         self._running = pid
         cut = self._wait(pid, started_s + asked.wall_s)
-        _, status, usage = os.wait4(pid, 0)
+        _, status, cpu_us, peak_kib = linux.reap(pid)
         wall_us = int((time.monotonic() - started_s) * 1e6)
         strays = self._reap_strays(pid)
         self._running = 0
-        cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
-        return wire.Report(os.waitstatus_to_exitcode(status), cut, self._started[0], cpu_us, wall_us, usage.ru_maxrss, strays)
+        return wire.Report(os.waitstatus_to_exitcode(status), cut, self._started[0], cpu_us, wall_us, peak_kib, strays)
 
-    def _become_job(self, asked: wire.Job, descriptors: list[int]) -> NoReturn:
+    def _confinement(self, asked: wire.Job, num_descriptors: int) -> tuple[linux.Step, ...]:
+        """Jobs of one run differ in few ways, so their steps are kept."""
+        num_streams = num_descriptors - 1 - len(asked.files)
+        key = (asked[: wire.Job._fields.index("arguments")], num_streams)
+        if key not in self._confinements:
+            if len(self._confinements) >= _MAX_CONFINEMENTS:
+                self._confinements.clear()
+            self._confinements[key] = job.confinement(asked, num_streams, self._filters[asked.kind])
+        return self._confinements[key]
+
+    def _become_job(self, asked: wire.Job, descriptors: list[int], steps: tuple[linux.Step, ...]) -> NoReturn:
         """In the fork."""
         try:
             if asked.files:
                 job.place_files(asked, descriptors, self._tmp)
-            program = self._filters[asked.kind] if self._is_pid_1 else self._confine_further(asked.kind)
-            job.run(asked, descriptors, program, self._tmp, self._started)
+            if not self._is_pid_1:
+                steps = job.confinement(asked, len(descriptors) - 1 - len(asked.files), self._confine_further(asked.kind))
+            job.run(asked, descriptors, steps, self._tmp, self._started)
         except BaseException as error:
             os.write(descriptors[3], repr(error).encode())
         finally:
@@ -177,8 +195,9 @@ class Zygote:
         self._poll.register(handle, select.POLLIN)
         try:
             events = self._poll.poll(max(0.0, (deadline_s - time.monotonic()) * 1e3))
-            if any(descriptor == handle for descriptor, _ in events):
-                return wire.CUT_BY_NOTHING
+            for descriptor, _ in events:
+                if descriptor == handle:
+                    return wire.CUT_BY_NOTHING
             signal.pidfd_send_signal(handle, signal.SIGKILL)
             if events and not self._control.recv(64):
                 self._end_now()
@@ -190,16 +209,10 @@ class Zygote:
     def _reap_strays(self, pid: int) -> int:
         """Kill and reap every other process of the job; only compilers may have any."""
         strays = 0
-        while True:
-            try:
-                os.kill(-1 if self._is_pid_1 else -pid, signal.SIGKILL)
-            except ProcessLookupError:
-                if not self._is_pid_1:
-                    break
-            try:
-                strays += os.wait4(-1, 0)[0] > 0
-            except ChildProcessError:
+        while linux.kill_quietly(-1 if self._is_pid_1 else -pid) or self._is_pid_1:
+            if linux.reap(-1)[0] < 0:
                 break
+            strays += 1
         return strays
 
     def _end_now(self) -> NoReturn:
@@ -218,6 +231,7 @@ class Zygote:
                 os.chdir("/")
                 linux.unmount("/tmp")
                 rootfs.mount_tmp(confine.TMP_BYTES)
+                os.chdir("/tmp")
         else:
             for entry in Path(self._tmp).iterdir():  # only compilers can write here
                 if entry.is_dir() and not entry.is_symlink():

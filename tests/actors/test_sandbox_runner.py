@@ -149,6 +149,23 @@ def test_threads_share_the_cells(sandbox: Sandbox) -> None:
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+def test_hashes_and_random_numbers_are_the_same_in_every_cell() -> None:
+    source = python("import random\nprint(hash('a word'), random.random(), list({'b', 'c', 'd', 'e'}))")
+    outputs = set()
+    for _ in range(2):
+        with Sandbox(1) as sandbox:
+            outputs.add(sandbox.run(source).stdout)
+    assert len(outputs) == 1
+
+
+def test_limits_that_no_kernel_takes_are_a_fault() -> None:
+    with Sandbox(1) as sandbox:
+        for limits in (Limits(memory_bytes=-(1 << 40)), Limits(output_bytes=-1)):
+            with pytest.raises(InfrastructureFault, match="could not start"):
+                sandbox.run(python("print(1)"), limits=limits)
+        assert sandbox.run(python("print(1)")).stdout == b"1\n"
+
+
 def test_a_job_of_a_killed_cell_runs_again_on_a_fresh_one() -> None:
     with Sandbox(1) as sandbox:
         (cell,) = sandbox.pool.idle_cells()

@@ -158,6 +158,7 @@ class Generator:
         if ready is None:
             return
         with self._node.recorder.during("swap weights", "learner", f"v{ready.number}", iteration=ready.number):
+            self._node.beat()  # loading may take long and cannot be interrupted: say so before
             loaded = self._intake.load(ready)
         for link in self._learner.values():
             link.send(loaded)

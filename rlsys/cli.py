@@ -41,6 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, metavar="RUN", help="run directory")
     status.add_argument("--json", action="store_true", help="for machines")
 
+    why = _command(commands, "why", _why, "who waits for whom at this moment, and who is to blame")
+    why.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    why.add_argument("--json", action="store_true", help="for machines")
+
     down = _command(commands, "down", _down, "end a run in order; no process is left")
     down.add_argument("run", type=Path, metavar="RUN", help="run directory")
     down.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
@@ -164,6 +168,12 @@ def _status(options: argparse.Namespace) -> int:
     from rlsys.commands import status
 
     return status(options.run, as_json=options.json)
+
+
+def _why(options: argparse.Namespace) -> int:
+    from rlsys.why import why
+
+    return why(options.run, as_json=options.json)
 
 
 def _down(options: argparse.Namespace) -> int:

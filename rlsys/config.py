@@ -63,6 +63,8 @@ class DeadlineSettings(Settings):
 
     startup_s: float = Field(300.0, gt=0, description="from the start of a process to its first sign of life")
     heartbeat_s: float = Field(60.0, gt=0, description="silence after which a process counts as hung")
+    silent_s: float = Field(5.0, gt=0, description="silence, without using the processor, after which `rlsys why` blames a process")
+    quiet_s: float = Field(30.0, gt=0, description="time without any movement after which the run says by itself who waits for whom")
     stall_s: float = Field(900.0, gt=0, description="time in which nothing in the whole ring moves and the learner computes nothing")
     shutdown_s: float = Field(8.0, gt=0, description="from the stop to the end of the last process")
 

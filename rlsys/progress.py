@@ -56,6 +56,10 @@ def event_line(event: Event) -> str | None:
         return f"{data['count']} prompts skipped ({data['reason']}): {', '.join(data['first'])}"
     if event.name in ("training started", "training ended"):
         return event.name
+    if event.name == "stalled":
+        return f"nothing has moved for {data['for_s']:g} s: {data['why']}"
+    if event.name == "moving again":
+        return "it moves again"
     if event.name == "weights refused":
         return f"{data['generator']} refused v{data['version']}: {data['error']}"
     return None

@@ -16,7 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from rlsys.config import RunConfig
 from rlsys.launchers.local import Child, cpu_seconds
 from rlsys.roles import WEIGHTS_DIR
 from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_scratch_dir, write_atomically
+from rlsys.states import Observer, limits, to_data
 from rlsys.topology import processes
+from rlsys.waits import Explanation, ProcessState, explain, nothing_moves
 
 STATUS_S = 1.0
 """How often status.json is written."""
@@ -62,6 +64,14 @@ class Process:
     heard_s: float = 0.0
     finished: bool = False
     error: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.child.spec.name
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
 
 
 @dataclass(slots=True)
@@ -98,6 +108,8 @@ class Supervisor:
         self._processes = self.view.processes
         self._ending: Ending | None = None
         self._next_status_s = 0.0
+        self._observer, self._states = Observer(), list[ProcessState]()
+        self._stalled = False
         self._progress, self._moved_s = -1, time.monotonic()
         self._mark_s, self._mark_cpu_s, self._phase = time.monotonic(), 0.0, "start-up"
         self._run_id = secrets.token_hex(8)
@@ -254,11 +266,29 @@ class Supervisor:
     def _tick(self) -> None:
         if time.monotonic() >= self._next_status_s:
             self._next_status_s = time.monotonic() + STATUS_S
+            self._states = self._observer.states(self._processes.values())
+            self._watch_movement()
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status()))  # indented JSON is encoded in Python, slowly
         self.on_tick()
 
+    def _watch_movement(self) -> None:
+        """Once nothing has moved for `quiet_s`, say who waits for whom; say so too when it goes on."""
+        stalled = self._ending is None and nothing_moves(self._states, self.config.deadlines.quiet_s)
+        if stalled and not self._stalled:
+            self._tell("stalled", for_s=self.config.deadlines.quiet_s, why=self._explain().sentence)
+        elif self._stalled and not stalled and self._ending is None:
+            self._tell("moving again")
+        self._stalled = stalled
+
+    def _tell(self, name: str, **data: Any) -> None:
+        self.on_event(Event(identity="supervisor", time_s=time.time(), name=name, data=data))
+
+    def _explain(self) -> Explanation:
+        return explain(self._states, limits(self.config), now_s())
+
     def status(self) -> dict[str, Any]:
         """The state of the run as plain data: what `rlsys status --json` prints."""
+        states = {state.name: state for state in self._states}
         now = time.time()
         return {
             "run_dir": str(self.run_dir.path),
@@ -269,14 +299,13 @@ class Supervisor:
             "since_s": self.view.started_s,
             **self.view.snapshot,
             "evaluations": self.view.evaluations,
+            "limits": asdict(limits(self.config)),
+            "stalled": self._stalled,
+            "why": self._explain().sentence,
             "processes": [
                 {
-                    "name": p.child.spec.name,
                     "pid": p.child.pid,
-                    "doing": p.heartbeat.doing if p.heartbeat else "starting",
-                    "peer": p.heartbeat.peer if p.heartbeat else "",
-                    "detail": p.heartbeat.detail if p.heartbeat else "",
-                    "for_s": round(now - p.heartbeat.since_s, 1) if p.heartbeat else round(time.monotonic() - p.started_s, 1),
+                    **to_data(states.get(p.name, ProcessState(name=p.name, registered=False))),
                     "addresses": p.registered.addresses if p.registered else {},
                 }
                 for p in self._processes.values()

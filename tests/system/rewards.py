@@ -11,6 +11,12 @@ from actors.rewards import Sample, Score
 from protocol.errors import InfrastructureFault
 
 
+def wait_for_file(path: str) -> None:
+    """Hang until somebody makes it."""
+    while not Path(path).exists():
+        time.sleep(0.05)
+
+
 class LengthReward:
     """Shorter is better: cheap, differs between samples, and any model can learn it."""
 
@@ -45,6 +51,5 @@ class HangingReward(LengthReward):
     """Waits for a file that nobody writes."""
 
     def score(self, sample: Sample) -> Score:
-        while not Path(self._options["file"]).exists():
-            time.sleep(0.05)
+        wait_for_file(self._options["file"])
         return super().score(sample)

@@ -1,0 +1,317 @@
+"""Who waits for whom at this moment, and who is to blame, in words. Pure: states in, an explanation out.
+
+A process that waits names what it waits for; which process that is follows from what the others say is with them (`facts` of their
+heartbeats, see `_facts` of each role): the learner its incomplete groups, the dispatcher whom it gave them to, generators the groups they
+sample and the reward actors they sent samples to, reward actors what they score.
+
+Blamed is only who keeps others waiting and shows no life: stopped by a signal, silent without using the processor, at work without any
+progress or processor time, or without weights that were published long ago. Whoever is slow, but samples, scores or computes, is named as
+the end of a chain of waits and not blamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from protocol.intervals import WAITING, is_waiting
+
+FIRST_EVAL_GROUP = 1 << 40
+"""Groups from here on are evaluation; as in actors/dispatcher.py."""
+IMPORTANCE = ("learner", "dispatcher", "generator", "rewarder", "dashboard")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessState:
+    """What is known of one process. Times are seconds up to now."""
+
+    name: str
+    doing: str = "starting"
+    peer: str = ""
+    detail: str = ""
+    for_s: float = 0.0
+    """How long it has been `doing` that."""
+    silent_s: float = 0.0
+    """Since its last sign of life; since its start before the first."""
+    quiet_s: float = 0.0
+    """Since its count of useful things grew."""
+    stopped: bool = False
+    """The operating system says that a signal or a debugger stopped it."""
+    computing: bool = True
+    """It, or a child of it, used the processor lately."""
+    registered: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def role(self) -> str:
+        return self.name.rpartition("-")[0]
+
+    @property
+    def waits(self) -> bool:
+        return is_waiting(self.doing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """From when on something is strange. Seconds."""
+
+    silent_s: float = 5.0
+    """Ten heartbeats did not come."""
+    quiet_s: float = 30.0
+    """At work, without a result and without using the processor."""
+    deaf_s: float = 30.0
+    """Silent, although it computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """One edge of the graph: `waiter` waits for `what`, which is with `on`."""
+
+    waiter: str
+    on: str
+    what: str
+    for_s: float
+    state: str
+    """What `on` does about it, in words; may be empty."""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.waiter} waits {self.for_s:.0f} s for {self.what}" + (
+            f"; {self.on} {self.state}" if self.state else f" from {self.on}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """A process that keeps the ring from going on."""
+
+    name: str
+    kind: str
+    """stopped, silent, deaf, stuck, weights, starting"""
+    for_s: float
+    what: str
+    """In words, beginning with its name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """The answer to "why does nothing happen"."""
+
+    guilty: tuple[Blame, ...]
+    waits: tuple[Wait, ...]
+    working: tuple[str, ...]
+    """Who does what besides, in words."""
+    circle: tuple[str, ...] = ()
+    """Names around a circle of waits in which nobody is to blame alone."""
+
+    @property
+    def sentence(self) -> str:
+        """All of it in one line."""
+        parts: list[str] = []
+        for blame in self.guilty:
+            victims = [w for w in self.waits if w.on == blame.name]
+            parts.append(blame.what + "".join(f"; {w.waiter} waits {w.for_s:.0f} s for {w.what}" for w in victims[:3]))
+        if not parts and self.circle:
+            parts.append(f"a circle of waits, in which a message must have been lost: {' for '.join((*self.circle, self.circle[0]))}")
+        if not parts:
+            parts = [wait.sentence for wait in self.waits[:3]] or list(self.working[:3])
+        return ". ".join(parts) or "nothing is known of any process yet"
+
+    def lines(self) -> list[str]:
+        """For people: the blamed, then every edge, then the rest."""
+        guilty = [f"to blame     {b.what}" for b in self.guilty]
+        circle = [f"circle       {' waits for '.join((*self.circle, self.circle[0]))}"] if self.circle else []
+        waits = [f"waits        {w.sentence}" for w in self.waits]
+        return [*guilty, *circle, *waits, *(f"works        {text}" for text in self.working)] or ["nothing is known of any process yet"]
+
+    def data(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "sentence": self.sentence,
+            "guilty": [asdict(b) for b in self.guilty],
+            "waits": [{**asdict(w), "sentence": w.sentence} for w in self.waits],
+            "working": list(self.working),
+            "circle": list(self.circle),
+        }
+
+
+def explain(states: Iterable[ProcessState], limits: Limits, clock_s: float = 0.0) -> Explanation:
+    """Put together what every process said. `clock_s` is now on the supervisor's clock, for the instants in `facts`."""
+    known = sorted(states, key=lambda s: (IMPORTANCE.index(s.role) if s.role in IMPORTANCE else len(IMPORTANCE), s.name))
+    ring = [state for state in known if state.role != "dashboard"]
+    guilty = [blame for state in known if (blame := _blame(state, ring, limits, clock_s)) is not None]
+    waits = [wait for state in ring if state.waits for wait in _waits(state, ring)]
+    blamed = {blame.name for blame in guilty}
+    working = [_work(state) for state in ring if not state.waits and state.name not in blamed]
+    circle: tuple[str, ...] = ()
+    if not guilty and not working and all(s.quiet_s > limits.quiet_s for s in ring):
+        circle = _circle(waits)
+    return Explanation(guilty=tuple(guilty), waits=tuple(waits), working=tuple(working), circle=circle)
+
+
+def nothing_moves(states: Sequence[ProcessState], for_s: float) -> bool:
+    """Whether every process of the ring has been without a result for so long, and none that can be heard computes for the learner."""
+    ring = [state for state in states if state.role != "dashboard"]
+    trains = any(s.role == "learner" and not s.waits and not s.stopped and s.computing for s in ring)
+    return bool(ring) and not trains and all(s.registered and s.quiet_s >= for_s for s in ring)
+
+
+# ---------------------------------------------------------------------------------------------------- who is to blame
+
+
+def _blame(state: ProcessState, ring: Sequence[ProcessState], limits: Limits, clock_s: float) -> Blame | None:
+    def blame(kind: str, for_s: float, text: str) -> Blame:
+        return Blame(name=state.name, kind=kind, for_s=for_s, what=f"{state.name} {text}")
+
+    at = f"at {state.doing!r}" + (f" ({state.detail})" if state.detail else "")
+    if state.stopped:
+        return blame("stopped", state.silent_s, f"is stopped by a signal or a debugger, {state.silent_s:.0f} s after its last word, {at}")
+    if not state.registered:
+        slow = state.silent_s > limits.quiet_s
+        return blame("starting", state.silent_s, f"has not finished starting for {state.silent_s:.0f} s") if slow else None
+    if state.silent_s > limits.silent_s and not state.computing:
+        return blame("silent", state.silent_s, f"has been silent for {state.silent_s:.0f} s and uses no processor; it was last {at}")
+    if state.silent_s > limits.deaf_s:
+        return blame("deaf", state.silent_s, f"computes, but has not answered for {state.silent_s:.0f} s; it was last {at}")
+    if not state.waits and state.role != "dashboard" and state.quiet_s > limits.quiet_s and not state.computing:
+        return blame("stuck", state.quiet_s, f"has been {at} for {state.for_s:.0f} s without any result or processor time")
+    return _without_weights(state, ring, limits, clock_s)
+
+
+def _without_weights(state: ProcessState, ring: Sequence[ProcessState], limits: Limits, clock_s: float) -> Blame | None:
+    learner = next((s for s in ring if s.name == "learner-0"), None)
+    if state.role != "generator" or learner is None or state.doing == "swap weights" or "version" not in state.facts:
+        return None
+    newest, loaded = learner.facts.get("version", -1), state.facts["version"]
+    age = clock_s - learner.facts.get("published_s", clock_s)
+    if newest <= loaded or age <= limits.silent_s:
+        return None
+    told = state.facts.get("announced", newest) >= newest
+    how = "was told of it and has not loaded it" if told else "has not heard of it"
+    has = f"has v{loaded}" if loaded >= 0 else "has no weights"
+    return Blame(
+        name=state.name,
+        kind="weights",
+        for_s=age,
+        what=f"{state.name} {has}: learner-0 published v{newest} {age:.0f} s ago, {state.name} {how}",
+    )
+
+
+def _circle(waits: Sequence[Wait]) -> tuple[str, ...]:
+    """The first circle that following waits leads into; empty if every chain ends."""
+    following: dict[str, str] = {}
+    for wait in waits:
+        following.setdefault(wait.waiter, wait.on)
+    for start in following:
+        path: list[str] = []
+        at = start
+        while at in following and at not in path:
+            path.append(at)
+            at = following[at]
+        if at in path:
+            return tuple(path[path.index(at) :])
+    return ()
+
+
+# ---------------------------------------------------------------------------------------------------- who waits for whom
+
+
+def _waits(state: ProcessState, ring: Sequence[ProcessState]) -> list[Wait]:
+    what = state.doing.removeprefix(WAITING)
+    if what == "trajectories":
+        found = _missing_samples(state, ring)
+        if found:
+            return found
+    peers = [other for other in ring if other.role == state.peer and other.name != state.name]
+    if what in ("batch", "rank 0") or (state.role != "learner" and state.peer == "learner"):
+        peers = [other for other in peers if other.name == "learner-0"]
+    elif what == "ranks":
+        peers = [other for other in peers if not other.waits or other.silent_s > state.for_s] or peers
+    elif what == "credits":
+        needs = state.facts.get("needs", -1)
+        lacking = [other for other in peers if other.facts.get("version", -1) < needs]
+        return [
+            Wait(
+                waiter=state.name,
+                on=other.name,
+                what=f"a free place with v{needs}",
+                for_s=state.for_s,
+                state=f"has v{other.facts.get('version', -1)}" if other in lacking else _does(other),
+            )
+            for other in lacking or peers
+        ]
+    detail = f" ({state.detail})" if state.detail else ""
+    return [Wait(waiter=state.name, on=o.name, what=what + detail, for_s=state.for_s, state=_does(o)) for o in peers]
+
+
+def _missing_samples(state: ProcessState, ring: Sequence[ProcessState]) -> list[Wait]:
+    """The learner's incomplete groups, each with the processes that have its samples; those of one process are one edge."""
+    dispatcher = next((other for other in ring if other.role == "dispatcher"), None)
+    wanted, complete = state.facts.get("wanted", -1), set(state.facts.get("complete", ()))
+    lacking = {g: n for g, n in state.facts.get("missing", ()) if g < FIRST_EVAL_GROUP}
+    given = {g: who.partition("@")[0] for g, iteration, who in _facts(dispatcher, "outstanding") if iteration == wanted}
+    groups = [g for g in given if g not in complete and g < FIRST_EVAL_GROUP]
+    places: dict[str, list[tuple[int, int | None, str]]] = {}
+    for group in groups:
+        for name, count, text in _where(group, ring) or [(given[group], None, "was given it")]:
+            places.setdefault(name, []).append((group, lacking.get(group) if count is None else count, text))
+    waits = []
+    for name, parts in places.items():
+        group, count, text = parts[0]
+        some = f"{count} samples" if count != 1 else "1 sample"
+        what = f"{some if count is not None else 'samples'} of group {group}"
+        if len(parts) > 1:
+            what = f"samples of {len(parts)} groups, the first is group {group}"
+        waits.append(Wait(waiter=state.name, on=name, what=what, for_s=state.for_s, state=text))
+    if not waits and dispatcher is not None and wanted >= 0:
+        waits.append(
+            Wait(
+                waiter=state.name,
+                on=dispatcher.name,
+                what=f"groups of iteration {wanted} that are not issued",
+                for_s=state.for_s,
+                state=_does(dispatcher),
+            )
+        )
+    return waits
+
+
+def _where(group: int, ring: Sequence[ProcessState]) -> list[tuple[str, int | None, str]]:
+    """(process, samples, what it does with them) for each place that has samples of a group."""
+    places: list[tuple[str, int | None, str]] = []
+    for other in ring:
+        for g, left, tokens, most, *_ in _facts(other, "running"):
+            if g == group:
+                so_far = f"{tokens:,} of at most {most:,} tokens" if tokens else f"at most {most:,} tokens"
+                places.append((other.name, left, f"samples {'it' if left == 1 else 'them'} ({so_far})"))
+        for g, peer, count in _facts(other, "sent"):
+            if g != group:
+                continue
+            receiver = next((r for r in ring if peer and r.name == peer.partition("@")[0]), None)
+            if receiver is None:
+                places.append((other.name, count, "has them and no reward actor takes them"))
+            elif any(h[0] == group for h in _facts(receiver, "held")):
+                scoring = next(h[1] for h in _facts(receiver, "held") if h[0] == group)
+                text = "scores them" if scoring else "has scored them and waits for the learner's acknowledgement"
+                places.append((receiver.name, scoring or count, text))
+            else:
+                places.append((receiver.name, count, f"was sent them by {other.name}"))
+    return places
+
+
+def _facts(state: ProcessState | None, name: str) -> list[Any]:
+    return list(state.facts.get(name, ())) if state is not None else []
+
+
+def _does(state: ProcessState) -> str:
+    if state.stopped:
+        return "is stopped"
+    if state.waits:
+        return f"waits for {state.doing.removeprefix(WAITING)}" + (f" from {state.peer}" if state.peer else "")
+    return f"is at {state.doing!r}"
+
+
+def _work(state: ProcessState) -> str:
+    detail = f" ({state.detail})" if state.detail else ""
+    return f"{state.name} has been at {state.doing!r} for {state.for_s:.0f} s{detail}"

@@ -13,6 +13,9 @@ from transformers.utils import logging as transformers_logging
 from learner import attention
 from learner.logprobs import head_logprobs
 from learner.packing import Block, MicroBatch
+from learner.parallel import Group, SingleProcess
+from learner.settings import Sharding
+from learner.sharding import is_sharded, shard
 from protocol.errors import DataError
 
 
@@ -22,7 +25,17 @@ class CausalModel:
     Parameters are masters in float32 (float64 if asked for). Dropout is off: the ratio to the behaviour policy would otherwise be noise.
     """
 
-    def __init__(self, directory: Path, *, device: torch.device, dtype: str, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        device: torch.device,
+        dtype: str,
+        gradient_checkpointing: bool = False,
+        group: Group | None = None,
+        sharding: Sharding = "none",
+        offload: bool = False,
+    ) -> None:
         """Raises DataError when `directory` holds no such model, or one whose logits are more than its head times its hidden states."""
         transformers_logging.disable_progress_bar()
         self.device = device
@@ -33,15 +46,22 @@ class CausalModel:
             )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"no causal language model can be read from {directory}: {error}") from error
-        self.network.to(device).eval()
+        self.network.eval()
+        group = group or SingleProcess()
+        self.sharded = is_sharded(sharding, group, self.network, device)
+        if not self.sharded:
+            self.network.to(device)
+        self.trunk: nn.Module = self.network.get_decoder()
+        self.head: nn.Linear = self.network.get_output_embeddings()
+        self._check_head(directory)
         if gradient_checkpointing:
             renamed = hasattr(self.network, "activation_checkpointing_enable")  # in transformers 5.2x; the old name warns from then on
             (self.network.activation_checkpointing_enable if renamed else self.network.gradient_checkpointing_enable)()
             self.network.train()
             _turn_dropout_off(self.network)
-        self.trunk: nn.Module = self.network.get_decoder()
-        self.head: nn.Linear = self.network.get_output_embeddings()
-        self._check_head(directory)
+        self.policy = _Policy(self.network)
+        if self.sharded:
+            shard(self.policy, _layers(self.network), group, device, half=self.autocast, offload=offload)
 
     @property
     def shares_prompts(self) -> bool:
@@ -74,16 +94,10 @@ class CausalModel:
             self.network.config._attn_implementation = attention.NAME
             arguments["block_plan"] = self._block_plan(batch.blocks, batch.input_ids.shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            hidden = self.trunk(**arguments).last_hidden_state
-            hidden_TD = hidden.flatten(0, 1).index_select(0, place(batch.hidden_T))
-            return head_logprobs(
-                hidden_TD,
-                self.head.weight,
-                self.head.bias,
-                place(batch.targets_T),
-                place(batch.temperature_T),
-                entropy_gradient=entropy_gradient,
+            found: tuple[Tensor, Tensor] = self.policy(
+                arguments, place(batch.hidden_T), place(batch.targets_T), place(batch.temperature_T), entropy_gradient=entropy_gradient
             )
+        return found
 
     def _block_plan(self, blocks: tuple[Block, ...], num_tokens: int) -> attention.BlockPlan:
         config = self.network.config.get_text_config()
@@ -94,11 +108,34 @@ class CausalModel:
     @torch.no_grad()
     def _check_head(self, directory: Path) -> None:
         """Some models scale or cap their logits after the head; find out by comparing one token instead of listing them."""
-        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.head.weight.device)
         found = self.network(input_ids=ids, use_cache=False).logits
         expected = self.head(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
             raise DataError(f"{directory}: the model changes its logits after the head (scaling, soft cap), which is not supported")
+
+
+class _Policy(nn.Module):
+    """From token ids to log-probs as one module: what is gathered at its start stays until the head has been used."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, arguments: dict[str, Any], hidden_T: Tensor, targets_T: Tensor, temperature_T: Tensor, *, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs [T] of the targets and entropies [T]."""
+        hidden_RLD = self.network.get_decoder()(**arguments).last_hidden_state
+        hidden_TD = hidden_RLD.flatten(0, 1).index_select(0, hidden_T)
+        head = self.network.get_output_embeddings()
+        return head_logprobs(hidden_TD, head.weight, head.bias, targets_T, temperature_T, entropy_gradient=entropy_gradient)
+
+
+def _layers(network: Any) -> list[nn.Module]:
+    """The decoder layers: what transformers itself never splits over devices."""
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    return [module for module in network.modules() if type(module).__name__ in names]
 
 
 def _turn_dropout_off(network: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """The ranks of the learner: sums, bytes and barriers between them, each with a deadline.
 
-Every rank holds the whole model and sees the whole batch; it computes the gradient of its share, and the sum of all shares is the
-gradient of the batch. Sums are taken in an order that depends on the number of ranks alone, and every rank gets the same bits.
-Only tensors travel (no pickle). Not covered: models too large for one rank's memory.
+Every rank sees the whole batch; it computes the gradient of its share, and the sum of all shares is the gradient of the batch. Sums are
+taken in an order that depends on the number of ranks alone, and every rank gets the same bits. Only tensors travel (no pickle).
+How a model that is too large for one rank is cut over them stands in `learner/sharding.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -38,6 +40,9 @@ class Group(Protocol):
     def barrier(self) -> None:
         """Return when all ranks are here. Raises DeadlineExceeded that names who is missing, where the backend knows."""
 
+    def named(self, what: str) -> AbstractContextManager[None]:
+        """Around collective calls that a library makes: a lost peer or a timeout becomes an error that names this rank and `what`."""
+
     def close(self) -> None:
         """Leave; a second call does nothing."""
 
@@ -62,6 +67,10 @@ class SingleProcess:
 
     def barrier(self) -> None:
         """Always here."""
+
+    def named(self, what: str) -> AbstractContextManager[None]:
+        """Nobody to lose."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -136,6 +145,16 @@ class ProcessGroup:
         else:
             limit = datetime.timedelta(seconds=self._timeout_s)
             self._collective("barrier", lambda: dist.monitored_barrier(timeout=limit, wait_all_ranks=self.rank == 0))
+
+    @contextmanager
+    def named(self, what: str) -> Iterator[None]:
+        """Errors of the backend are told by its name in their text; any other error passes."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "Gloo", "NCCL")):
+                raise
+            raise _named(error, f"learner rank {self.rank} of {self.size}: {what} failed", self._timeout_s) from error
 
     def close(self) -> None:
         """Leave the group; what other ranks still wait for fails there."""

@@ -93,10 +93,18 @@ class CheckpointSettings(_Settings):
     keep_every: int | None = Field(default=None, ge=1, description="Those of every so many iterations stay for good; none if not given.")
 
 
+Sharding = Literal["auto", "none", "full"]
+
+
 class LearnerSettings(_Settings):
     """Everything that decides how a batch becomes an update."""
 
-    ranks: int = Field(default=1, ge=1, description="Learner processes that share every batch; each holds the whole model.")
+    ranks: int = Field(default=1, ge=1, description="Learner processes that share every batch.")
+    sharding: Sharding = Field(
+        default="auto",
+        description="none: each rank holds the whole model; full: parameters, gradients and optimizer state are cut over the ranks (FSDP2); "
+        "auto: full if a whole replica takes more than 40 % of a rank's memory.",
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of one rank.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA if there is any.")
     dtype: Literal["bfloat16", "float32", "float64"] = Field(

@@ -11,14 +11,18 @@ micro-batches and ranks gives the same gradient up to rounding.
 # ruff: noqa: N815 (shapes stand in names)
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from learner.checkpoint import difference
 from learner.loss import Inputs, Loss
@@ -35,6 +39,7 @@ from learner.packing import MicroBatch, Skipped, TrainSample, Weighted, admit, a
 from learner.parallel import Group
 from learner.regularisers import next_entropy_coefficient
 from learner.settings import LearnerSettings
+from learner.sharding import as_number, fill, forget_forward, whole
 from learner.sharing import SHARED_LONGEST, build_shared, plan_shared
 from learner.tally import Tally
 from protocol.errors import DataError
@@ -59,6 +64,8 @@ class _Work:
     batch: MicroBatch
     proximal_T: Tensor | None = None
     reference_T: Tensor | None = None
+    blank: bool = False
+    """Weighs nothing: run so that sharded ranks make the same passes."""
 
 
 class Step:
@@ -70,12 +77,15 @@ class Step:
         self.settings = settings
         self.group = group
         device = pick_device(settings.device, group.rank)
-        self.model = CausalModel(model_dir, device=device, dtype=settings.dtype, gradient_checkpointing=settings.gradient_checkpointing)
+        shared: dict[str, Any] = {"device": device, "dtype": settings.dtype, "group": group}
+        self.model = CausalModel(model_dir, gradient_checkpointing=settings.gradient_checkpointing, sharding=settings.sharding, **shared)
+        self.sharded = self.model.sharded
         self._loss = Loss(settings)
         self._reference: CausalModel | None = None
         if self._loss.has_reference:
             directory = Path(settings.kl.reference) if settings.kl.reference else model_dir
-            self._reference = CausalModel(directory, device=device, dtype=settings.dtype)
+            self._reference = CausalModel(directory, sharding="full" if self.sharded else "none", **shared)
+            self._reference.network.requires_grad_(False)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.network.named_parameters()}
         self._parameters = [parameter for parameter in self.model.network.parameters() if parameter.requires_grad]
         self._optimizer = build_optimizer(self._parameters, settings.optimizer)
@@ -97,8 +107,12 @@ class Step:
         if useful:
             with phase("pack"):
                 work = self._share(weighted, useful)
+            if self.sharded:
+                self._blank = _blank(weighted, min(useful, key=lambda i: sound[i].length))
+                work = self._in_step(work)
             for update in range(self.settings.updates_per_batch):
-                work, found = self._update(weighted, work, tally, first=update == 0)
+                with self.group.named("a pass over sharded parameters") if self.sharded else nullcontext():
+                    work, found = self._update(weighted, work, tally, first=update == 0)
                 broken += found
         for one in (*refused, *broken):
             log.warning("sample %d/%d is not trained on at iteration %d: %s", one.group_id, one.index, iteration, one.reason)
@@ -114,9 +128,25 @@ class Step:
         self._adapt(values)
         return StepMetrics(values=values, skipped=(*refused, *broken))
 
+    def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All parameters and persistent buffers, whole, one after the other, under their transformers names, tied weights once.
+
+        Floating-point ones in `dtype` if given. They may be the live tensors. With sharding all ranks must go through them side by side.
+        """
+        for name, tensor in sorted(self.model.named_tensors().items()):
+            with self.group.named("gathering parameters"):
+                found = whole(tensor.detach(), dtype)
+            yield name, found
+
+    def help_publishing(self, dtype: torch.dtype | None = None) -> None:
+        """What the other ranks do while rank 0 goes through `published_tensors`."""
+        if self.sharded:
+            for _ in self.published_tensors(dtype):
+                pass
+
     def state_dict_for_publishing(self) -> dict[str, Tensor]:
-        """Copies on the CPU of all parameters and persistent buffers, under their transformers names, tied weights once."""
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.named_tensors().items()}
+        """`published_tensors` as copies on the CPU."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.published_tensors()}
 
     def live_state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, without copies: "model.<name>", "optimizer.<what>.<name>", "control.<what>"."""
@@ -151,15 +181,15 @@ class Step:
         return {"model": str(self.model.network.config.model_type), "optimizer": self.settings.optimizer.name}
 
     def training_state(self) -> dict[str, Tensor]:
-        """`live_state` as copies on the CPU."""
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live_state().items()}
+        """`live_state` as copies on the CPU, whole. With sharding a collective call."""
+        return {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `training_state`. Raises DataError when the tensors are not those of this model."""
         targets = self.state_to_fill({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            fill(target, tensors[name])
         self.adopt_state(targets)
 
     # ------------------------------------------------------------------------------------------------ one update
@@ -190,10 +220,11 @@ class Step:
                     kept.append(one)
                     loss = self._loss(one.batch, inputs, corrected=self._corrected, entropy_coefficient=self._entropy_coefficient)
                     loss.total.backward()  # type: ignore[no-untyped-call]
-                    tally.add_tokens(inputs, loss, first=first)
+                    if not one.blank:
+                        tally.add_tokens(inputs, loss, first=first)
         self._sum_gradients()
         with phase("optimizer"):
-            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip))
+            norm = as_number(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip))
             if np.isfinite(norm):
                 self._optimizer.step()
         if not np.isfinite(norm):
@@ -204,40 +235,64 @@ class Step:
 
     def _forward(self, weighted: Weighted, work: _Work, broken: list[Skipped]) -> Iterator[tuple[_Work, Inputs]]:
         """The micro-batch with its log-probs; if they are not finite, its sound samples one by one (slow, and rare)."""
-        proximal_T, reference_T = work.proximal_T, work.reference_T
         inputs = self._inputs(work)
-        if bool(inputs.policy_T.isfinite().all()):
+        sound = bool(inputs.policy_T.isfinite().all())
+        if self._all(sound):
             yield work, inputs
             return
+        forget_forward(self.model.policy)
+        kept = []
+        for part in self._in_step([work] if sound else self._one_by_one(weighted, work)):
+            with torch.no_grad():
+                finite = bool(self._inputs(part).policy_T.isfinite().all())
+            forget_forward(self.model.policy)
+            if finite:
+                kept.append(part)
+            else:
+                broken.append(_skip(weighted.samples[part.batch.samples[0]], "a log-prob of the policy is not finite"))
+        for part in self._in_step(kept):
+            yield part, self._inputs(part)
+
+    def _one_by_one(self, weighted: Weighted, work: _Work) -> list[_Work]:
+        parts = []
         for i, place in enumerate(work.batch.samples):
             own_T = torch.from_numpy(work.batch.sample_T == i).to(self.model.device)
-            alone = _Work(
-                build(weighted, [[place]]),
-                None if proximal_T is None else proximal_T[own_T],
-                None if reference_T is None else reference_T[own_T],
-            )
-            inputs = self._inputs(alone)
-            if bool(inputs.policy_T.isfinite().all()):
-                yield alone, inputs
-            else:
-                broken.append(_skip(weighted.samples[place], "a log-prob of the policy is not finite"))
+            proximal_T, reference_T = (None if known_T is None else known_T[own_T] for known_T in (work.proximal_T, work.reference_T))
+            parts.append(_Work(build(weighted, [[place]]), proximal_T, reference_T))
+        return parts
+
+    def _in_step(self, work: list[_Work]) -> list[_Work]:
+        """As many passes on every sharded rank, because gathering and scattering parameters takes all of them; blank ones at the end."""
+        if not self.sharded:
+            return work
+        count = torch.tensor([float(len(work))], device=self.model.device)
+        self.group.maximum(count)
+        return work + [dataclasses.replace(self._blank) for _ in range(int(count.item()) - len(work))]
+
+    def _all(self, flag: bool) -> bool:
+        """Whether it holds on every sharded rank; a rank with its own replica asks nobody."""
+        if not self.sharded:
+            return flag
+        failed = torch.tensor([float(not flag)], device=self.model.device)
+        self.group.maximum(failed)
+        return not bool(failed.item())
 
     def _inputs(self, work: _Work) -> Inputs:
-        policy_T, entropy_T = self.model.token_logprobs(work.batch, entropy_gradient=self._loss.entropy_gradient)
-        if work.proximal_T is None:
-            work.proximal_T = policy_T.detach()
         if work.reference_T is None and self._reference is not None:
             with torch.no_grad():
                 work.reference_T, _ = self._reference.token_logprobs(work.batch)
+        policy_T, entropy_T = self.model.token_logprobs(work.batch, entropy_gradient=self._loss.entropy_gradient)
+        if work.proximal_T is None:
+            work.proximal_T = policy_T.detach()
         return Inputs(policy_T=policy_T, entropy_T=entropy_T, proximal_T=work.proximal_T, reference_T=work.reference_T)
 
     @torch.no_grad()
     def _sum_gradients(self) -> None:
-        """The gradient over all ranks, as one flat tensor; a rank without a sample adds zeros."""
+        """The gradient over all ranks, as one flat tensor; a rank without a sample adds zeros. Sharded gradients are sums already."""
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.group.size == 1:
+        if self.group.size == 1 or self.sharded:
             return
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -249,13 +304,18 @@ class Step:
     def _blame(self, weighted: Weighted, work: list[_Work]) -> list[Skipped]:
         """The samples of this rank whose own gradient is not finite, found one at a time. Slow, and rare."""
         found = []
-        for place in [place for one in work for place in one.batch.samples]:
-            self._optimizer.zero_grad(set_to_none=True)
-            alone = _Work(build(weighted, [[place]]))
-            loss = self._loss(alone.batch, self._inputs(alone), corrected=self._corrected, entropy_coefficient=self._entropy_coefficient)
-            loss.total.backward()  # type: ignore[no-untyped-call]
-            if not all(bool(p.grad.isfinite().all()) for p in self._parameters if p.grad is not None):
-                found.append(_skip(weighted.samples[place], "its gradient is not finite, so the batch took no optimizer step"))
+        mine = [_Work(build(weighted, [[place]])) for one in work if not one.blank for place in one.batch.samples]
+        for rank in range(self.group.size) if self.sharded else [self.group.rank]:  # sharded gradients are sums: one rank at a time
+            for alone in self._in_step(mine if rank == self.group.rank else []):
+                self._optimizer.zero_grad(set_to_none=True)
+                loss = self._loss(
+                    alone.batch, self._inputs(alone), corrected=self._corrected, entropy_coefficient=self._entropy_coefficient
+                )
+                loss.total.backward()  # type: ignore[no-untyped-call]
+                finite = all(bool(_local(p.grad).isfinite().all()) for p in self._parameters if p.grad is not None)
+                if not self._all(finite) and not alone.blank:
+                    sample = weighted.samples[alone.batch.samples[0]]
+                    found.append(_skip(sample, "its gradient is not finite, so the batch took no optimizer step"))
         return found
 
     def _adapt(self, values: Mapping[str, float]) -> None:
@@ -269,6 +329,16 @@ class Step:
                 log.warning(
                     "log-probs of sampler and trainer differ by %.3g nats on average: the correction is on", values["logprob_drift"]
                 )
+
+
+def _blank(weighted: Weighted, place: int) -> _Work:
+    batch = build(weighted, [[place]])
+    nothing_T = np.zeros_like(batch.weights_T)
+    return _Work(dataclasses.replace(batch, weights_T=nothing_T, likelihood_weights_T=nothing_T), blank=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def pick_device(name: str, rank: int) -> torch.device:

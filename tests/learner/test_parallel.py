@@ -1,12 +1,13 @@
-"""Real ranks: processes that the test starts and ends."""
+"""Real ranks: processes that the test starts and ends. One start runs many jobs on up to four ranks, and the tests below read what they found."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +16,169 @@ import torch
 from safetensors.torch import load_file
 
 from learner.parallel import SingleProcess, connect_store, join, open_store
-from learner.settings import LearnerSettings
-from learner.step import Step
 from protocol.errors import DeadlineExceeded
-from tests.learner.samples import random_samples
+from tests.learner.conftest import save_model
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 ROOT = Path(__file__).resolve().parents[2]
+COUNTS = [17, 17, 1, 17, 9]
+"""Samples of each iteration; one has fewer than there are ranks."""
 
 
-@contextmanager
-def ranks(out: Path, model: Path, size: int, **job: Any) -> Iterator[list[subprocess.Popen[str]]]:
-    """All ranks, ended by their ids at the latest here."""
-    processes: list[subprocess.Popen[str]] = []
-    job = {"out": str(out), "model": str(model), "size": size, "timeout_s": 60.0} | job
+@dataclass(frozen=True)
+class Found:
+    """What a job left."""
+
+    ranks: list[dict[str, Any]]
+    state: dict[str, torch.Tensor]
+
+    @property
+    def values(self) -> list[dict[str, float]]:
+        """Metrics of each iteration, which all ranks have alike."""
+        first: list[dict[str, float]] = self.ranks[0]["values"]
+        assert all(one["values"] == first for one in self.ranks)
+        return first
+
+
+def run_jobs(out: Path, jobs: list[dict[str, Any]], timeout_s: float = 60.0) -> tuple[int, str]:
+    """Start the ranks, wait for them, and end them as a group at the latest here."""
+    path = out / "jobs.json"
+    path.write_text(json.dumps({"out": str(out), "timeout_s": timeout_s, "jobs": jobs}))
+    command = [sys.executable, "-m", "tests.learner.rank", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        for rank in range(size):
-            path = out / f"job-{rank}.json"
-            path.write_text(json.dumps(job | {"rank": rank}))
-            command = [sys.executable, "-m", "tests.learner.rank", str(path)]
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            processes.append(process)
-            if rank == 0 and size > 1:
-                assert process.stdout is not None
-                job["port"] = int(process.stdout.readline())
-        yield processes
+        _, errors = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, errors
     finally:
-        for process in processes:
-            process.kill()
-            process.communicate(timeout=DEADLINE_S)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
-def train(out: Path, model: Path, size: int, **job: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What every rank found, and the parameters, which must be the same bits on all ranks."""
-    out.mkdir()
-    with ranks(out, model, size, **job) as processes:
-        for process in processes:
-            _, errors = process.communicate(timeout=DEADLINE_S)
-            assert process.returncode == 0, errors
-    tensors = [load_file(str(out / f"rank-{i}.safetensors")) for i in range(size)]
-    for other in tensors[1:]:
-        assert all(torch.equal(tensors[0][name], other[name]) for name in tensors[0])
-    return [json.loads((out / f"rank-{i}.json").read_text()) for i in range(size)], tensors[0]
+def settings(dtype: str, **changes: Any) -> dict[str, Any]:
+    layout = "sorted" if dtype == "float64" else "shared"
+    return {"dtype": dtype, "device": "cpu", "optimizer": {"lr": 1e-2}, "tokens_per_microbatch": 128, "layout": layout} | changes
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layout", "size", "tolerance", "metric_tolerance"),
-    [("float64", "sorted", 3, 1e-9, 1e-9), ("float32", "shared", 2, 1e-4, 1e-5)],
-)
-def test_ranks_train_as_one(
-    tmp_path: Path, model_dir: Path, dtype: str, layout: str, size: int, tolerance: float, metric_tolerance: float
-) -> None:
-    """To the last digits in float64, where every row is computed alike whatever stands beside it. One batch has fewer samples than ranks."""
-    settings = {"dtype": dtype, "device": "cpu", "optimizer": {"lr": 1e-2}, "tokens_per_microbatch": 128, "layout": layout}
-    counts = [17, 17, 1, 17, 9]
-    alone = Step(LearnerSettings.model_validate(settings), model_dir, SingleProcess())
-    expected = [alone.train(random_samples(count, i), i, len(counts)).values for i, count in enumerate(counts)]
-    found, parameters = train(tmp_path / "ranks", model_dir, size, settings=settings, counts=counts)
-    for one in found:
+GROUPS = [(1, "none"), (2, "none"), (4, "none"), (2, "full"), (4, "full")]
+SAVED_AT = 3
+RESHARDED = [
+    ((1, "none"), (2, "full")),
+    ((2, "none"), (1, "none")),
+    ((2, "full"), (1, "none")),
+    ((2, "full"), (2, "full")),
+    ((4, "full"), (2, "none")),
+]
+EXPLOSIVE = {"objective": "tests.learner.test_step:explosive"}
+
+
+def name_of(dtype: str, group: tuple[int, str]) -> str:
+    return f"{dtype}-{group[0]}-{group[1]}"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Found]:
+    """Every job of this module, run by one set of ranks."""
+    out = tmp_path_factory.mktemp("ranks")
+    jobs: list[dict[str, Any]] = []
+    for dtype in ("float32", "float64"):
+        for size, sharding in GROUPS:
+            name = name_of(dtype, (size, sharding))
+            changes = settings(dtype, sharding=sharding)
+            jobs.append({"name": name, "size": size, "settings": changes, "counts": COUNTS, "save": [str(out / f"saved-{name}"), SAVED_AT]})
+        for source, (size, sharding) in RESHARDED:
+            load = str(out / f"saved-{name_of(dtype, source)}" / f"{SAVED_AT:08d}")
+            changes = settings(dtype, sharding=sharding)
+            name = f"{name_of(dtype, source)}-to-{name_of(dtype, (size, sharding))}"
+            jobs.append({"name": name, "size": size, "settings": changes, "counts": COUNTS[SAVED_AT:], "first": SAVED_AT, "load": load})
+    untied = settings("float64", sharding="full", kl={"coefficient": 0.1}, gradient_checkpointing=True)
+    for size in (1, 2):
+        jobs.append({"name": f"options-{size}", "size": size, "settings": untied, "counts": COUNTS})
+        jobs.append(
+            {"name": f"token-{size}", "size": size, "settings": settings("float64", sharding="full"), "counts": [9], "damage": "token"}
+        )
+        explosive = settings("float64", sharding="full", **EXPLOSIVE)
+        jobs.append({"name": f"objective-{size}", "size": size, "settings": explosive, "counts": [9], "damage": "objective"})
+    rough = settings("bfloat16", sharding="full")
+    jobs += [{"name": f"rough-{size}", "size": size, "settings": rough, "counts": COUNTS} for size in (1, 2)]
+    for sharding in ("none", "full"):
+        leave = settings("float32", sharding=sharding)
+        jobs.append({"name": f"leave-{sharding}", "size": 2, "settings": leave, "counts": [3], "leave": 1})
+    own_head = str(save_model(out / "own_head", tie_word_embeddings=False))
+    for job in jobs:
+        job["model"] = own_head if job.get("damage") == "token" else str(model_dir)
+    code, errors = run_jobs(out, jobs)
+    assert code == 0, errors
+    return {
+        job["name"]: Found(
+            [json.loads((out / f"{job['name']}-{rank}.json").read_text()) for rank in range(job["size"])],
+            load_file(str(out / f"{job['name']}.safetensors")) if "leave" not in job else {},
+        )
+        for job in jobs
+    }
+
+
+@pytest.mark.parametrize("group", GROUPS[1:])
+@pytest.mark.parametrize(("dtype", "tolerance", "metric_tolerance"), [("float64", 1e-9, 1e-9), ("float32", 1e-4, 1e-5)])
+def test_ranks_train_as_one(found: dict[str, Found], dtype: str, tolerance: float, metric_tolerance: float, group: tuple[int, str]) -> None:
+    """Losses, norms of gradients and parameters after five iterations, replicated and sharded."""
+    alone, together = found[name_of(dtype, GROUPS[0])], found[name_of(dtype, group)]
+    for one in together.ranks:
         assert one["payload"] == b"\x00from rank 0\xff".hex() and one["empty"] == ""
-        assert one["values"] == found[0]["values"]
-        for values, expected_values in zip(one["values"], expected, strict=True):
-            assert values == pytest.approx(expected_values, rel=metric_tolerance, abs=1e-7)
-    for name, tensor in alone.state_dict_for_publishing().items():
-        torch.testing.assert_close(parameters[name], tensor, rtol=tolerance, atol=tolerance)
+        assert one["digest"] == together.ranks[0]["digest"]
+    for values, expected in zip(together.values, alone.values, strict=True):
+        assert values == pytest.approx(expected, rel=metric_tolerance, abs=1e-7)
+    assert together.state.keys() == alone.state.keys()
+    for name, tensor in alone.state.items():
+        torch.testing.assert_close(together.state[name], tensor, rtol=tolerance, atol=tolerance)
 
 
-def test_a_rank_that_leaves_is_a_named_error_on_the_others(tmp_path: Path, model_dir: Path) -> None:
-    with ranks(tmp_path, model_dir, 2, settings={"device": "cpu"}, counts=[3], leave=1) as (first, second):
-        _, errors = first.communicate(timeout=DEADLINE_S)
-        assert second.wait(timeout=DEADLINE_S) == 0
-    assert first.returncode != 0
-    assert "learner rank 0 of 2: sum failed" in errors and ("InfrastructureFault" in errors or "DeadlineExceeded" in errors)
+def test_sharded_ranks_hold_their_part(found: dict[str, Found]) -> None:
+    whole = found["float32-1-none"].ranks[0]["held"]
+    assert [one["held"] for one in found["float32-4-none"].ranks] == [whole] * 4
+    held = [one["held"] for one in found["float32-4-full"].ranks]
+    assert sum(held) == whole and max(held) < 0.27 * whole
+
+
+@pytest.mark.parametrize(("source", "target"), RESHARDED)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(
+    found: dict[str, Found], dtype: str, tolerance: float, source: tuple[int, str], target: tuple[int, str]
+) -> None:
+    resumed = found[f"{name_of(dtype, source)}-to-{name_of(dtype, target)}"]
+    uninterrupted = found[name_of(dtype, source)]
+    if source == target:
+        assert resumed.values == uninterrupted.values[SAVED_AT:]
+        assert all(torch.equal(resumed.state[name], tensor) for name, tensor in uninterrupted.state.items())
+    for values, expected in zip(resumed.values, uninterrupted.values[SAVED_AT:], strict=True):
+        assert values == pytest.approx(expected, rel=tolerance, abs=1e-7)
+
+
+def test_sharding_goes_with_a_reference_model_and_gradient_checkpointing(found: dict[str, Found]) -> None:
+    for values, expected in zip(found["options-2"].values, found["options-1"].values, strict=True):
+        assert values == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert found["options-2"].values[-1]["reference_kl"] > 0
+
+
+@pytest.mark.parametrize("damage", ["token", "objective"])
+def test_sharded_ranks_name_what_is_not_finite_and_go_on(found: dict[str, Found], damage: str) -> None:
+    alone, together = found[f"{damage}-1"], found[f"{damage}-2"]
+    assert alone.ranks[0]["skipped"] == [[100, 3]] == [one for rank in together.ranks for one in rank["skipped"]]
+    assert together.values[0] == pytest.approx(alone.values[0], rel=1e-9, nan_ok=True)
+
+
+def test_bfloat16_gathers_stay_near_autocast(found: dict[str, Found]) -> None:
+    for values, expected in zip(found["rough-2"].values, found["rough-1"].values, strict=True):
+        assert values["loss"] == pytest.approx(expected["loss"], rel=0.05, abs=0.02)
+        assert values["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
+    assert all(t.dtype == torch.float32 for name, t in found["rough-2"].state.items() if name.startswith(("model.", "optimizer.exp")))
+
+
+@pytest.mark.parametrize(("sharding", "what"), [("none", "sum failed"), ("full", "gathering parameters failed")])
+def test_a_rank_that_leaves_is_a_named_error_on_the_others(found: dict[str, Found], sharding: str, what: str) -> None:
+    error = found[f"leave-{sharding}"].ranks[0]["error"]
+    kind, _, text = error.partition(": ")
+    assert kind in ("InfrastructureFault", "DeadlineExceeded") and text.startswith(f"learner rank 0 of 2: {what}")
 
 
 def test_a_rank_that_never_comes_is_a_named_error() -> None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from learner.checkpoint_files import (
     verify_files,
     write_manifest,
 )
-from learner.parallel import Group
+from learner.steps import TrainStep
 from protocol.errors import DataError, DeadlineExceeded, UserError
 
 log = logging.getLogger("rlsys.learner")
@@ -51,24 +51,6 @@ FILE_BYTES = 512 << 20
 POLL_S = 0.02
 """How often rank 0 looks whether the other ranks have written their parts."""
 _NOTE = "rank-{:05d}.json"
-
-
-class Trained(Protocol):
-    """What a checkpoint needs of the step."""
-
-    group: Group
-
-    def live_state(self) -> dict[str, Tensor]:
-        """Everything that the next update depends on, without copies; a sharded tensor is a DTensor."""
-
-    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Tensors to load a checkpoint of these whole tensors into. Raises DataError with named differences when it is of another model."""
-
-    def adopt_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_to_fill` gave and was filled."""
-
-    def about(self) -> dict[str, str]:
-        """What must agree between a checkpoint and the step that loads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +75,7 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def snapshot(step: Trained, iteration: int, extra: Mapping[str, Any] | None = None) -> Snapshot:
+def snapshot(step: TrainStep, iteration: int, extra: Mapping[str, Any] | None = None) -> Snapshot:
     """Copy this rank's part of the state to host memory. A collective call, between iterations.
 
     `iteration` is the number of iterations trained. `extra` is kept in the manifest (JSON values); that of rank 0 counts. What all ranks
@@ -164,7 +146,7 @@ def write(taken: Snapshot, directory: Path, *, timeout_s: float = 3600.0) -> Che
         raise
 
 
-def load(path: Path, step: Trained, *, verified: bool = False) -> Checkpoint:
+def load(path: Path, step: TrainStep, *, verified: bool = False) -> Checkpoint:
     """Continue from the checkpoint in `path`. A collective call; all ranks see the same files.
 
     Every file is hashed before anything is used, each by one of the ranks (`verified` skips that, after `checkpoint_files.verify`). Raises
@@ -296,7 +278,7 @@ def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _device(step: Trained) -> torch.device:
+def _device(step: TrainStep) -> torch.device:
     return torch.device(next(iter(step.live_state().values())).device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ KEEP = 2
 """Complete versions that stay: the newest, and one for a reader that has just begun with it. A third is being written meanwhile."""
 SHARD_BYTES = 2 << 30
 """Largest shard; larger models are split so that shards can be read and hashed side by side."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CONFIG_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,10 +38,13 @@ class Publisher:
     def __init__(self, root: Path, model_dir: Path, dtype: str) -> None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._root, self._model_dir = root, model_dir
-        self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        self.dtype = DTYPES[dtype]
 
-    def publish(self, version: Version, tensors: dict[str, Tensor]) -> WeightsReady:
-        """Make `version` complete on disk, then remove what is too old. Raises UserError when the disk is full, and leaves nothing."""
+    def publish(self, version: Version, tensors: Iterable[tuple[str, Tensor]]) -> WeightsReady:
+        """Make `version` complete on disk, then remove what is too old. `tensors` are taken one at a time, never held all at once.
+
+        Raises UserError when the disk is full, and leaves nothing.
+        """
         try:
             done = publish(self._root, version, str(self._model_dir), lambda directory: self._write(directory, tensors))
         except (OSError, SafetensorError) as error:
@@ -47,63 +52,66 @@ class Publisher:
         prune(self._root, KEEP)
         return announcement(done)
 
-    def _write(self, directory: Path, tensors: dict[str, Tensor]) -> None:
-        save_shards(directory, self._cast(tensors))
+    def _write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        save_shards(directory, tensors, self.dtype)
 
-    def _cast(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    def export(self, target: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """The policy as a Hugging Face directory; see `export_model`."""
+        export_model(self._model_dir, target, tensors, self.dtype)
 
-    def export(self, target: Path, tensors: dict[str, Tensor]) -> None:
-        """The policy as a Hugging Face directory: weights, configuration and tokenizer. Written aside, then renamed.
 
-        Raises UserError when the disk is full, and leaves nothing.
-        """
-        aside = target.with_name(f".{target.name}.writing")
+def export_model(model_dir: Path, target: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Weights, and configuration and tokenizer of `model_dir`, as a Hugging Face directory. Written aside, then renamed over what is there.
+
+    Raises UserError when the disk is full, and leaves nothing.
+    """
+    aside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_shards(aside, tensors, dtype)
+        for name in CONFIG_FILES:
+            if (model_dir / name).is_file():
+                shutil.copy(model_dir / name, aside / name)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            save_shards(aside, self._cast(tensors))
-            for name in CONFIG_FILES:
-                if (self._model_dir / name).is_file():
-                    shutil.copy(self._model_dir / name, aside / name)
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"{target}: the model cannot be written ({error}); {_free(target.parent)}") from None
+        raise UserError(f"{target}: the model cannot be written ({error}); {_free(target.parent)}") from None
 
 
 def _free(directory: Path) -> str:
     return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free"
 
 
-def split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors in shards of at most SHARD_BYTES, in the order of their names."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
+def save_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Shards under the names that `from_pretrained` looks for, with the index that it needs when there are several.
 
+    Tensors are cast and come to host memory one at a time; a shard is written when the next one would make it larger than SHARD_BYTES.
+    """
+    shard: dict[str, Tensor] = {}
+    parts: list[dict[str, int]] = []
 
-def save_shards(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Shards under the names that `from_pretrained` looks for, with the index that it needs when there are several."""
-    shards = split(tensors)
-    names = (
-        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
-    )
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        (directory / name).chmod(0o644)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    def write() -> None:
+        path = directory / f"part-{len(parts)}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        parts.append({name: tensor.nbytes for name, tensor in shard.items()})
+        shard.clear()
+
+    for name, tensor in tensors:
+        tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().to("cpu").contiguous()
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            write()
+        shard[name] = tensor
+    write()
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(parts):
+        name = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
+        (directory / f"part-{i}.safetensors").rename(directory / name)
+        weight_map |= dict.fromkeys(part, name)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(size for part in parts for size in part.values())}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 

@@ -7,19 +7,20 @@ swapping are the production code.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from learner.checkpoint import difference
 from learner.packing import TrainSample
 from learner.parallel import Group
 from learner.settings import LearnerSettings
 from learner.simulated_options import Options
 from learner.step import StepMetrics
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, DataError
 
 
 class SimulatedStep:
@@ -32,7 +33,7 @@ class SimulatedStep:
             first = error.errors()[0]
             raise ConfigError(f"simulated step: option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         torch.set_num_threads(settings.threads)
-        self._settings, self._group = settings, group
+        self._settings, self.group = settings, group
         self._weights = torch.zeros(self._options.weight_bytes, dtype=torch.uint8)
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
@@ -42,7 +43,7 @@ class SimulatedStep:
         tokens = sum(len(s.prompt_ids) + len(s.token_ids) for s in useful)
         updates = self._settings.updates_per_batch if useful else 0
         if updates:
-            self._wait(started, self._options.step_s(tokens, updates, self._group.size))
+            self._wait(started, self._options.step_s(tokens, updates, self.group.size))
             self._weights[:8].view(torch.int64).add_(updates)
         return StepMetrics(
             values={
@@ -56,20 +57,31 @@ class SimulatedStep:
             skipped=(),
         )
 
-    def state_dict_for_publishing(self) -> dict[str, Tensor]:
+    def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights, after `publish_s`."""
         self._wait(time.monotonic(), self._options.publish_s)
-        return {"simulated.weights": self._weights.clone()}
+        yield "simulated.weights", self._weights
 
-    def training_state(self) -> dict[str, Tensor]:
+    def help_publishing(self, dtype: torch.dtype | None = None) -> None:
+        """Every rank has all."""
+
+    def live_state(self) -> dict[str, Tensor]:
         """The weights; nothing else changes."""
-        return {"simulated.weights": self._weights.clone()}
+        return {"simulated.weights": self._weights}
 
-    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `training_state`."""
-        if set(tensors) != {"simulated.weights"} or tensors["simulated.weights"].shape != self._weights.shape:
-            raise ValueError(f"training state: {sorted(tensors)} are not the weights of this simulated step")
-        self._weights.copy_(tensors["simulated.weights"])
+    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The weights themselves. Raises DataError for tensors of another model."""
+        found = difference(shapes, {"simulated.weights": tuple(self._weights.shape)})
+        if found:
+            raise DataError(found)
+        return self.live_state()
+
+    def adopt_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """They were filled in place."""
+
+    def about(self) -> dict[str, str]:
+        """A simulated state goes on in a simulated step alone."""
+        return {"model": "simulated", "optimizer": "none"}
 
     def _wait(self, started_s: float, simulated_s: float) -> None:
         """Until `simulated_s` after `started_s` are over, on the clock of the run."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from protocol.registry import resolve
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from learner.packing import TrainSample
@@ -29,19 +30,30 @@ STEP_OPTIONS = {
 
 
 class TrainStep(Protocol):
-    """One rank's part of every update."""
+    """One rank's part of every update, and (the last four) what `learner/checkpoint.py` needs of it."""
+
+    group: Group
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
         """Update the policy on one batch, the same `samples` on every rank."""
 
-    def state_dict_for_publishing(self) -> dict[str, Tensor]:
-        """Copies on the CPU of what generators load."""
+    def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """What generators load, one tensor after the other, in `dtype` if given; they may be live ones. On rank 0."""
 
-    def training_state(self) -> dict[str, Tensor]:
-        """Copies on the CPU of everything that the next update depends on."""
+    def help_publishing(self, dtype: torch.dtype | None = None) -> None:
+        """What the other ranks do while rank 0 goes through `published_tensors`; returns when it is done, or at once if it needs no help."""
 
-    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `training_state`. Raises ValueError for tensors of another model."""
+    def live_state(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, without copies; a sharded tensor is a DTensor."""
+
+    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Tensors to load a state of these whole tensors into. Raises DataError with named differences when it is of another model."""
+
+    def adopt_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_to_fill` gave, once it was filled."""
+
+    def about(self) -> dict[str, str]:
+        """What must agree between a state and the step that goes on from it."""
 
 
 def build_step(settings: LearnerSettings, model_dir: Path, group: Group) -> TrainStep:

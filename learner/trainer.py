@@ -24,7 +24,7 @@ from learner.batcher import Assembler, Batch, Batcher
 from learner.intake import Intake
 from learner.packing import TrainSample
 from learner.parallel import Group, SingleProcess, connect_store, join, open_store
-from learner.publisher import Publisher
+from learner.publisher import DTYPES, Publisher
 from learner.settings import LearnerSettings
 from learner.step import pick_device
 from learner.steps import build_step
@@ -119,9 +119,9 @@ class Leader:
         try:
             self.train()
             self._recorder.enter("save")
-            self._publisher.export(self._job.run_dir / "final_model", self._step.state_dict_for_publishing())
-            self._node.event("training ended", iterations=self._job.iterations)
             self._group.broadcast_bytes(b"")
+            self._publisher.export(self._job.run_dir / "final_model", self._step.published_tensors(self._publisher.dtype))
+            self._node.event("training ended", iterations=self._job.iterations)
             self._node.finished()
             self._intake.wait_end(self._recorder)
         except BaseException as error:
@@ -164,7 +164,7 @@ class Leader:
     def _publish(self, number: int) -> float:
         started = time.monotonic()
         with self._recorder.during("publish", iteration=number):
-            ready = self._publisher.publish(Version(number), self._step.state_dict_for_publishing())
+            ready = self._publisher.publish(Version(number), self._step.published_tensors(self._publisher.dtype))
             self._intake.announce(ready)
         return time.monotonic() - started
 
@@ -212,7 +212,10 @@ def follow(node: Node, job: LearnerJob) -> None:
     rank = node.spec.index
     group = join(store, rank, settings.ranks, device=pick_device(settings.device, rank), timeout_s=settings.collective_timeout_s)
     step = build_step(settings, job.model_dir, group)
+    dtype = DTYPES[job.publish_dtype]
     while True:
+        node.recorder.enter("publish")
+        step.help_publishing(dtype)  # version 0, then that of each iteration
         node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")
         data = group.broadcast_bytes(None)
         if not data:
@@ -220,6 +223,7 @@ def follow(node: Node, job: LearnerJob) -> None:
         samples, iteration = unpack_batch(data)
         node.recorder.enter("train", iteration=iteration)
         step.train(samples, iteration, job.iterations)
+    step.help_publishing(dtype)  # the final model
     node.recorder.enter("waiting:end of run", "learner", "")
     poller.join()
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_an_announced_version_verifies_and_keeps_every_tensor(tmp_path: Path, model_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
-    ready = Publisher(tmp_path / "weights", model_dir, "bfloat16").publish(Version(3, 1), tensors)
+    ready = Publisher(tmp_path / "weights", model_dir, "bfloat16").publish(Version(3, 1), tensors.items())
     assert (ready.number, ready.incarnation) == (3, 1)
     shards = verify(Path(ready.directory), ready.manifest_sha256)["shards"]
     described = {name: entry for shard in shards.values() for name, entry in shard.items()}
@@ -57,13 +58,13 @@ def test_two_complete_versions_stay_also_while_the_next_is_written(
     publisher, seen = Publisher(root, model_dir, "float32"), []
     write = module.save_shards
 
-    def spy(directory: Path, shards: dict[str, torch.Tensor]) -> None:
+    def spy(directory: Path, *arguments: Any) -> None:
         seen.append(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
-        write(directory, shards)
+        write(directory, *arguments)
 
     monkeypatch.setattr(module, "save_shards", spy)
     for number in range(4):
-        publisher.publish(Version(number), tensors)
+        publisher.publish(Version(number), tensors.items())
     assert seen == [[], ["v0"], ["v0", "v1"], ["v1", "v2"]]
     assert sorted(path.name for path in root.iterdir()) == ["v2", "v3"]
 
@@ -76,7 +77,7 @@ def test_an_export_loads_and_computes_the_same(
     target = tmp_path / "final_model"
     target.mkdir()
     (target / "old").touch()
-    Publisher(tmp_path / "weights", model_dir, "float32").export(target, tensors)
+    Publisher(tmp_path / "weights", model_dir, "float32").export(target, tensors.items())
     assert (len(list(target.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
     assert not (target / "old").exists()
     loaded, original = (AutoModelForCausalLM.from_pretrained(d) for d in (target, model_dir))
@@ -88,7 +89,7 @@ def test_an_export_loads_and_computes_the_same(
 
 def test_an_export_carries_the_tokenizer(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     model = tokenizer_directory(tmp_path / "model")
-    Publisher(tmp_path / "weights", model, "float32").export(tmp_path / "out", tensors)
+    Publisher(tmp_path / "weights", model, "float32").export(tmp_path / "out", tensors.items())
     for name in ("tokenizer.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
 
@@ -96,11 +97,11 @@ def test_an_export_carries_the_tokenizer(tmp_path: Path, tensors: dict[str, torc
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tiny_disk: Path, model_dir: Path) -> None:
     publisher = Publisher(tiny_disk / "weights", model_dir, "float32")
     fits, too_large = ({"weight": torch.zeros(n)} for n in (1000, 1_000_000))
-    publisher.publish(Version(0), fits)
+    publisher.publish(Version(0), fits.items())
     with pytest.raises(UserError, match=r"weights: version v1 cannot be written \(.*No space left.*\); \d MB are free"):
-        publisher.publish(Version(1), too_large)
+        publisher.publish(Version(1), too_large.items())
     assert [path.name for path in (tiny_disk / "weights").iterdir()] == ["v0"]
     with pytest.raises(UserError, match=r"final: the model cannot be written \(.*No space left.*\); \d MB are free"):
-        publisher.export(tiny_disk / "final", too_large)
+        publisher.export(tiny_disk / "final", too_large.items())
     assert [path.name for path in tiny_disk.iterdir()] == ["weights"]
-    publisher.publish(Version(1), fits)
+    publisher.publish(Version(1), fits.items())

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from learner.checkpoint import load, snapshot, write
 from learner.packing import TrainSample
 from learner.parallel import SingleProcess
 from learner.settings import LearnerSettings
 from learner.simulated_options import Options
 from learner.simulated_step import SimulatedStep
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, DataError
 
 
 def sample(tokens: int, *, trained: bool = True) -> TrainSample:
@@ -43,25 +44,30 @@ def test_a_step_waits_for_trainable_samples_alone() -> None:
     assert (metrics["num_tokens"], metrics["tokens_trained"], metrics["num_samples"]) == (5980, 6000, 2)
 
 
-def test_weights_change_with_every_update_and_can_be_restored() -> None:
+def weights(step: SimulatedStep) -> torch.Tensor:
+    return dict(step.published_tensors())["simulated.weights"].clone()
+
+
+def test_weights_change_with_every_update_and_can_be_restored(tmp_path: Path) -> None:
     step = build(weight_bytes=128, speed=1e9)
-    first = step.state_dict_for_publishing()["simulated.weights"]
+    first = weights(step)
     step.train([sample(10)], 0, 2)
-    second = step.state_dict_for_publishing()["simulated.weights"]
+    second = weights(step)
     assert first.nbytes == 128 and not torch.equal(first, second)
-    state = step.training_state()
+    saved = write(snapshot(step, 1), tmp_path)
     step.train([sample(10)], 1, 2)
-    step.load_training_state(state)
-    assert torch.equal(step.state_dict_for_publishing()["simulated.weights"], second)
-    with pytest.raises(ValueError, match="other"):
-        step.load_training_state({"other": second})
+    assert saved is not None
+    load(saved.path, step)
+    assert torch.equal(weights(step), second)
+    with pytest.raises(DataError, match="another model"):
+        load(saved.path, build(weight_bytes=256))
 
 
 def test_a_batch_without_a_trainable_token_is_no_update() -> None:
     step = build(fixed_s=1e6)
-    before = step.training_state()["simulated.weights"]
+    before = weights(step)
     assert step.train([sample(5, trained=False)], 0, 1).values["updates"] == 0
-    assert torch.equal(step.training_state()["simulated.weights"], before)
+    assert torch.equal(weights(step), before)
 
 
 def test_unknown_options_are_refused() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from actors.dataset import Order, Problem, read_problems
-from actors.pacing import Pacer
+from actors.pacing import Pacer, PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
 from actors.text import Text, stop_token_ids
 from protocol.channels import Link
@@ -48,7 +48,8 @@ class DispatcherJob:
 
     seed: int
     iterations: int
-    max_staleness: int
+    pacing: PacingRule
+    max_requeues: int
     model_dir: Path
     max_context: int
     data: DataSettings
@@ -71,6 +72,18 @@ class Prepared:
     prompt_ids: Int32Array
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The prompt of a group, and how many groups of it were given up before this one."""
+
+    prepared: Prepared
+    requeues: int = 0
+
+
+GIVEN_BACK = ("dropped", "rejected", "superseded")
+"""States of a group whose prompt is queued again: it was given up for its length or age, which says nothing against the prompt."""
+
+
 def prepare(problems: list[Problem], text: Text, data: DataSettings, longest: int) -> tuple[list[Prepared], list[Problem]]:
     """Problems with their prompt ids, and those whose prompt is longer than `longest` tokens (skipped)."""
     all_ids = text.encode_prompts([p.prompt for p in problems], data.prompt_template, data.chat)
@@ -88,7 +101,7 @@ class Dispatcher:
 
     def __init__(self, job: DispatcherJob) -> None:
         self._job = job
-        self.pacer = Pacer(job.iterations, job.sampling.groups_per_iteration, job.max_staleness)
+        self.pacer = Pacer(job.pacing)
         text = Text(job.model_dir)
         self._stop_ids = np.array(
             stop_token_ids(job.model_dir) if job.sampling.stop_token_ids is None else job.sampling.stop_token_ids, np.int32
@@ -104,7 +117,9 @@ class Dispatcher:
             self._eval, skipped = prepare(read_problems(job.data.eval, job.evaluation.problems), text, job.data, longest)
             self.skipped += skipped
         self._order = Order(len(self._train), job.seed, job.data.shuffle)
-        self._next_group = 0
+        self._next_group = self._fresh = 0
+        self._drawn: dict[int, Drawn] = {}
+        self._returned: deque[Drawn] = deque()
         self._eval_queue: deque[GroupTask] = deque()
         self._eval_rounds: dict[int, list[GroupOutcome]] = {}
         self._eval_sizes: dict[int, int] = {}
@@ -121,14 +136,14 @@ class Dispatcher:
         iteration = self.pacer.next_iteration()
         if iteration is None:
             return None
-        prepared = self._train[self._order[self._next_group]]
+        prepared = self._next_prompt().prepared
         sampling = self._job.sampling
         return self._task(
             prepared,
             self._next_group,
             iteration,
             "train",
-            self.pacer.min_version(iteration),
+            self.pacer.rule.min_version(iteration),
             sampling.group_size,
             sampling.temperature,
             sampling.top_p,
@@ -141,8 +156,22 @@ class Dispatcher:
         if task.purpose == "eval":
             self._eval_queue.popleft()
         else:
+            self._drawn[task.group_id] = self._next_prompt()
+            if self._returned:
+                self._returned.popleft()
+            else:
+                self._fresh += 1
             self._next_group += 1
-            self.pacer.issue(task.iteration)
+            self.pacer.issue()
+
+    def _next_prompt(self) -> Drawn:
+        """Prompts that were given back come first, then the next of the order."""
+        return self._returned[0] if self._returned else Drawn(self._train[self._order[self._fresh]])
+
+    def requeues(self, task: GroupTask) -> int:
+        """How many groups of the task's prompt were given up before."""
+        drawn = self._drawn.get(task.group_id)
+        return drawn.requeues if drawn else 0
 
     def _task(
         self, prepared: Prepared, group_id: int, iteration: int, purpose: Any, min_version: int, size: int, temperature: float, top_p: float
@@ -168,12 +197,12 @@ class Dispatcher:
 
     # ------------------------------------------------------------------------------------------------ news
 
-    def on_version(self, number: int) -> None:
+    def on_version(self, number: int, groups_taken: int) -> None:
         """A version was published: it opens an iteration, and may be due for evaluation."""
-        if number <= self.pacer.published:
+        first, old = self.pacer.published < 0, number <= self.pacer.published
+        self.pacer.publish(number, groups_taken)
+        if old:
             return
-        first = self.pacer.published < 0
-        self.pacer.publish(number)
         evaluation, last = self._job.evaluation, number >= self._job.iterations
         due = (first and number == 0 and evaluation.at_start) or (last and evaluation.at_end)
         due = due or (number > 0 and not last and evaluation.every > 0 and number % evaluation.every == 0)
@@ -192,15 +221,23 @@ class Dispatcher:
             return None
         self.groups_ended += 1
         if outcome.purpose != "eval":
+            self._on_training_outcome(outcome)
             return None
         outcomes = self._eval_rounds[outcome.iteration]
         outcomes.append(outcome)
         return evaluate(outcomes) if len(outcomes) == self._eval_sizes[outcome.iteration] else None
 
+    def _on_training_outcome(self, outcome: GroupOutcome) -> None:
+        drawn = self._drawn.pop(outcome.group_id)
+        if not outcome.in_batch:
+            self.pacer.give_up()
+        if outcome.state in GIVEN_BACK and drawn.requeues < self._job.max_requeues:
+            self._returned.append(Drawn(drawn.prepared, drawn.requeues + 1))
+
     @property
     def done(self) -> bool:
-        """Whether every group of the run was issued and has its terminal state, the last evaluation included."""
-        return self.pacer.all_issued and self.pacer.published >= self._job.iterations and not self._eval_queue and not self.outstanding
+        """Whether every iteration was trained and every group that was issued has its terminal state, the last evaluation included."""
+        return self.pacer.published >= self._job.iterations and not self._eval_queue and not self.outstanding
 
     def waits_for(self) -> tuple[str, str, str]:
         """(what, peer, detail) of the present wait."""
@@ -287,7 +324,7 @@ class DispatcherProcess:
 
     def _on_news(self, message: Message) -> None:
         if isinstance(message, WeightsReady):
-            self._dispatcher.on_version(message.number)
+            self._dispatcher.on_version(message.number, message.groups_taken)
         elif isinstance(message, GroupOutcome):
             self._given.pop(message.group_id, None)
             result = self._dispatcher.on_outcome(message)
@@ -324,6 +361,7 @@ class DispatcherProcess:
                     problem_id=task.problem_id,
                     generator=peer,
                     issued_s=time.time(),
+                    requeues=self._dispatcher.requeues(task),
                 )
             )
             if task.purpose == "train" and not self._training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -104,13 +105,75 @@ class RewarderSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """How far sampling may run ahead of training. See docs/staleness.md."""
+    """How far sampling may run ahead of training, and what happens to groups that are late. See docs/staleness.md."""
 
-    name: Literal["synchronous", "one_off"] = Field(
-        "one_off", description="synchronous: staleness 0; one_off: at most 1, sampling and training overlap"
+    name: Literal["synchronous", "minibatch", "one_off", "bounded"] = Field(
+        "one_off",
+        description="synchronous: staleness 0; minibatch: 0, trained in parts as groups come; one_off: at most 1; bounded: at most max_staleness",
+    )
+    max_staleness: Positive | None = Field(None, description="of bounded: the bound S; default 2")
+    minibatches: Annotated[int, Field(ge=2, strict=True)] | None = Field(
+        None, description="of minibatch: parts of an iteration, an optimizer step each; default 4"
+    )
+    reorder: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="of bounded: how many later groups may overtake one that is waited for; default a quarter of groups_per_iteration"
+    )
+    stragglers: Literal["wait", "drop", "mask"] = Field(
+        "wait",
+        description="groups that are late when the batch could close: wait for them, drop them, or train them later without too old tokens",
+    )
+    quorum: float | None = Field(
+        None, gt=0.0, lt=1.0, description="of drop and mask: share of an iteration's groups that is waited for in any case; default 0.85"
+    )
+    over_issue: Annotated[int, Field(ge=0, strict=True)] = Field(
+        0,
+        description="groups issued beyond what the batches need; unused ones wait for the next batch, or end when they are too old for it",
+    )
+    max_requeues: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="how often the prompt of a group that was dropped, rejected or superseded is queued again; default 1"
     )
 
     @property
-    def max_staleness(self) -> int:
-        """The bound S: iteration k trains on tokens of versions k - S .. k."""
-        return {"synchronous": 0, "one_off": 1}[self.name]
+    def bound(self) -> int:
+        """S: iteration k trains on tokens of versions k - S .. k."""
+        return {"synchronous": 0, "minibatch": 0, "one_off": 1}.get(self.name, self.max_staleness or 2)
+
+    @property
+    def parts(self) -> int:
+        """Optimizer steps of an iteration, each on a part of its groups."""
+        return (self.minibatches or 4) if self.name == "minibatch" else 1
+
+    def reorder_of(self, groups_per_iteration: int) -> int:
+        """How many later groups may overtake one that is waited for."""
+        if self.name != "bounded" or self.stragglers != "wait":
+            return 0
+        return groups_per_iteration // 4 if self.reorder is None else self.reorder
+
+    def may_lag(self, groups_per_iteration: int) -> int:
+        """Without how many of its groups a batch may close."""
+        if self.stragglers == "wait":
+            return 0
+        return groups_per_iteration - math.ceil(groups_per_iteration * (self.quorum or 0.85) - 1e-9)
+
+    @model_validator(mode="after")
+    def _means_something(self) -> ScheduleSettings:
+        def only(given: object, key: str, meaning: bool, why: str) -> None:
+            if given is not None and not meaning:
+                raise ValueError(f"{key} is {given}, which means nothing here: {why}")
+
+        name = self.name
+        only(self.max_staleness, "max_staleness", name == "bounded", f"{name} has staleness {self.bound} by definition; choose bounded")
+        only(self.minibatches, "minibatches", name == "minibatch", f"{name} takes an iteration's groups as one batch; choose minibatch")
+        only(self.reorder, "reorder", name == "bounded", f"{name} takes groups in their order; choose bounded")
+        only(
+            self.reorder, "reorder", self.stragglers == "wait", f"with stragglers '{self.stragglers}' a batch passes by who is late anyway"
+        )
+        only(self.quorum, "quorum", self.stragglers != "wait", "with stragglers 'wait' a batch waits for all its groups")
+        gives_up = self.stragglers != "wait" or self.over_issue > 0
+        only(self.max_requeues, "max_requeues", gives_up, "with stragglers 'wait' and no over_issue no group is given up")
+        if self.stragglers == "mask" and self.bound == 0:
+            raise ValueError(
+                f"stragglers 'mask' means nothing with {name}: at staleness 0 every token that was sampled before a batch closed is too old "
+                "for the next one; choose drop, or one_off or bounded"
+            )
+        return self

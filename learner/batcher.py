@@ -1,19 +1,20 @@
 """From trajectories to batches, pure: groups are assembled, and decided on before a batch is built.
 
-    trajectories --Assembler--> complete groups, by iteration --Batcher.take(k)--> Batch(samples to train on, one outcome per group)
+    trajectories --Assembler--> complete groups --Batcher.add--> the line --Batcher.take--> Batch(samples to train on, one outcome per group)
 
-Batch k is complete when every group that was issued for it is complete: exactly `groups_per_iteration` of them. The first trajectory of a
-(group_id, index) counts; later ones, of any attempt, are counted and dropped.
+Which groups of the line make a batch says `learner/line.py`; what becomes of each of them is decided here: trained, filtered, failed, rejected,
+superseded, dropped, unfinished. The first trajectory of a (group_id, index) counts; later ones, of any attempt, are counted and dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from learner.advantages import advantages
+from learner.line import BatchRule, Choice, Line
 from learner.packing import TrainSample
 from learner.settings import LearnerSettings
 from learner.shaping import shaped_score
@@ -70,6 +71,11 @@ class Assembler:
         self._seen.add(group.group_id)
         return self._open.pop(group.group_id)
 
+    def forget(self, group_id: int) -> Group | None:
+        """The group has ended before it was complete: what it has so far, and nothing more is taken."""
+        self._seen.add(group_id)
+        return self._open.pop(group_id, None)
+
     @property
     def open_groups(self) -> dict[int, int]:
         """group_id -> trajectories still missing."""
@@ -78,70 +84,206 @@ class Assembler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What iteration k trains on, and how each of its groups ended."""
+    """What one part of iteration k trains on, and how its groups ended. Only `minibatch` has iterations of several parts."""
 
     iteration: int
     samples: tuple[TrainSample, ...]
     outcomes: tuple[GroupOutcome, ...]
+    """Of the groups that took a place in the batch."""
     metrics: dict[str, float]
+    """Of the whole iteration, at its last part; empty before."""
+    part: int = 0
+    last: bool = True
+    """Whether the iteration ends with it, so that a version is published."""
+    given_up: tuple[GroupOutcome, ...] = ()
+    """Groups that ended with this batch and without a place in it."""
+    versions: tuple[tuple[int, int], ...] = ()
+    """Oldest and newest version of the tokens that are trained on, by sample; (iteration, iteration) without any."""
+
+
+AFTER_THE_END = "the run had its last batch"
 
 
 class Batcher:
-    """Complete groups by iteration, and the decision about each."""
+    """Complete groups in the order of the line, and the decision about each."""
 
-    def __init__(
-        self,
-        settings: LearnerSettings,
-        *,
-        groups_per_iteration: int,
-        group_size: int,
-        max_staleness: int,
-        temperature: float,
-        max_tokens: int,
-    ) -> None:
+    def __init__(self, settings: LearnerSettings, rule: BatchRule, group_size: int) -> None:
         self._settings = settings
-        self._groups_per_iteration = groups_per_iteration
+        self.rule = rule
+        self.line = Line(rule)
         self._min_samples = settings.min_samples if settings.min_samples is not None else max(1, group_size - 1)
-        self._max_staleness, self._temperature, self._max_tokens = max_staleness, temperature, max_tokens
-        self._groups: dict[int, list[Group]] = {}
+        self._ready: dict[int, Group] = {}
+        self._refilled = 0
+        self._seen: list[Group] = []
+        self._ended: list[GroupOutcome] = []
+        self.groups_taken = 0
+        """Training groups that had a place in a batch, over the whole run."""
 
-    def add(self, group: Group) -> None:
-        """A complete training group."""
-        self._groups.setdefault(group.trajectories[0].iteration, []).append(group)
+    # ------------------------------------------------------------------------------------------------ groups
+
+    def add(self, group: Group) -> list[GroupOutcome]:
+        """A complete training group. Returns its outcome if it ends here, without a place in a batch."""
+        self.hold(group)
+        return self._settle([group.group_id])
+
+    def hold(self, group: Group) -> None:
+        """A complete training group, without a decision: while recorded batches are built again. `settle` decides later."""
+        if group.group_id not in self.line:
+            raise ValueError(f"group {group.group_id} is complete but has ended already")
+        self._ready[group.group_id] = group
+
+    def settle(self) -> list[GroupOutcome]:
+        """Decide on every group that is held. Returns the outcomes of those that end here, without a place in a batch."""
+        return self._settle(sorted(self._ready))
 
     def complete(self, iteration: int) -> list[int]:
-        """The groups of batch `iteration` that have come."""
-        return [group.group_id for group in self._groups.get(iteration, ())]
+        """The groups that the next part of iteration `iteration` has so far."""
+        self._check_open(iteration)
+        return list(self.line.choice(self._ready).taken)
 
     def missing(self, iteration: int) -> int:
-        """Groups that batch `iteration` still waits for."""
-        return self._groups_per_iteration - len(self._groups.get(iteration, ()))
+        """Groups that the next part of the open iteration still waits for."""
+        self._check_open(iteration)
+        return self.line.lacks(self.line.choice(self._ready))
 
-    def take(self, iteration: int) -> Batch:
-        """Build batch `iteration`, which must be complete. Groups stand in the order of their ids, whatever order they came in."""
-        groups = sorted(self._groups.pop(iteration), key=lambda g: g.group_id)
+    def take(self, iteration: int, issued: Mapping[int, str] | None = None, assembler: Assembler | None = None) -> Batch:
+        """Close the next part of the open iteration, for which nothing may be missing. Groups stand in the order of the line.
+
+        `issued` are the problems of training groups that were given out, as far as they may be unfinished: of groups that no trajectory has
+        come of nothing else is known. `assembler` holds those that are incomplete, and forgets those that are given up.
+        """
+        self._check_open(iteration)
+        choice = self.line.choice(self._ready)
+        if self.line.lacks(choice):
+            raise ValueError(f"batch {iteration} lacks {self.line.lacks(choice)} groups")
+        return self._close(choice, iteration, issued or {}, assembler)
+
+    def retake(self, iteration: int, group_ids: Sequence[int]) -> Batch:
+        """Build a recorded batch again from groups that are held; they leave the line as they did then."""
+        self._check_open(iteration)
+        return self._close(Choice(tuple(group_ids), ()), iteration, {}, None)
+
+    def _close(self, choice: Choice, iteration: int, issued: Mapping[int, str], assembler: Assembler | None) -> Batch:
+        last, part = self.line.last_part, self.line.part
+        groups = [self._ready.pop(number) for number in choice.taken]
+        batch = self.build(groups, iteration)
+        self.line.close(choice)
+        self.groups_taken += len(groups)
+        self._seen += groups
+        self._ended += batch.outcomes
+        given_up: list[GroupOutcome] = []
+        metrics: dict[str, float] = {}
+        if last:
+            if self.rule.stragglers == "drop":
+                given_up += self._drop(choice, iteration, issued, assembler)
+            metrics = describe(self._seen, self._ended, iteration, self.rule.max_staleness)
+            self._seen, self._ended, self._refilled = [], [], 0
+            given_up += self._settle(sorted(self._ready))
+        return replace(batch, part=part, last=last, given_up=tuple(given_up), metrics=metrics)
+
+    def leave_over(self, issued: Mapping[int, str], assembler: Assembler) -> list[GroupOutcome]:
+        """After the last batch: every group that was issued and has not ended is `unfinished`."""
+        late = [number for number in issued if number in self.line]
+        return [self._give_up(n, self.rule.iterations - 1, "unfinished", AFTER_THE_END, issued[n], assembler.forget(n)) for n in late]
+
+    def _give_up(
+        self, group_id: int, iteration: int, state: TerminalState, reason: str, problem_id: str, group: Group | None
+    ) -> GroupOutcome:
+        """End a group of the line without a place in a batch."""
+        self.line.leave(group_id)
+        self._ready.pop(group_id, None)
+        ended = outcome(group or Group(group_id, 0), iteration, state, reason, problem_id=problem_id)
+        self._ended.append(ended)
+        return ended
+
+    def restore(self, iteration: int, ended: Sequence[int], groups_taken: int) -> None:
+        """Go on where another process stopped: `iteration` is open, `ended` are the training groups that left the line, in any order."""
+        self.line = Line(self.rule)
+        self.line.iteration = iteration
+        for number in ended:
+            self.line.leave(number)
+        self.groups_taken = groups_taken
+
+    def _drop(self, choice: Choice, iteration: int, issued: Mapping[int, str], assembler: Assembler | None) -> list[GroupOutcome]:
+        """The stragglers of this batch end. The youngest of those that were passed by stay: they are the over-issue."""
+        late = [number for number in choice.passed if number in issued]
+        late = late[: len(late) - self.rule.over_issue] if self.rule.over_issue else late
+        partial = {number: assembler.forget(number) if assembler else None for number in late}
+        reason = f"not complete when batch {iteration} closed"
+        return [self._give_up(number, iteration, "dropped", reason, issued[number], partial[number]) for number in late]
+
+    def _settle(self, numbers: Sequence[int]) -> list[GroupOutcome]:
+        """End those ready groups that shall not take a place in a batch."""
+        given_up = []
+        for number in numbers:
+            group = self._ready[number]
+            state: TerminalState
+            if self.line.finished:
+                state, reason = "unfinished", AFTER_THE_END
+            else:
+                state, reason = self._decide(group, self.line.iteration)
+                if state in ("filtered", "failed") and self._refilled < self.rule.refills:
+                    self._refilled += 1
+                elif state not in ("rejected", "superseded"):
+                    continue
+            self._seen.append(group)
+            iteration = min(self.line.iteration, self.rule.iterations - 1)
+            given_up.append(self._give_up(number, iteration, state, reason, "", group))
+        return given_up
+
+    def _check_open(self, iteration: int) -> None:
+        if iteration != self.line.iteration:
+            raise ValueError(f"iteration {self.line.iteration} is open, not {iteration}")
+
+    # ------------------------------------------------------------------------------------------------ decisions
+
+    def build(self, groups: Sequence[Group], iteration: int) -> Batch:
+        """The batch of these groups at this iteration: the same for the same groups, whenever it is built."""
         states = [self._decide(group, iteration) for group in groups]
-        check_staleness([t for group in groups for t in group.trajectories], iteration, self._max_staleness)
         kept = [group for group, (state, _) in zip(groups, states, strict=True) if state == "trained"]
         trajectories = [t for group in kept for t in group.scored]
         samples = self._samples(trajectories, iteration)
-        outcomes = tuple(outcome(group, iteration, state, reason) for group, (state, reason) in zip(groups, states, strict=True))
-        return Batch(iteration=iteration, samples=tuple(samples), outcomes=outcomes, metrics=describe(groups, outcomes, iteration))
+        outcomes = tuple(outcome(group, iteration, *states[i], in_batch=True) for i, group in enumerate(groups))
+        versions = tuple(_trained_versions(t, s.loss_mask, iteration) for t, s in zip(trajectories, samples, strict=True))
+        return Batch(iteration=iteration, samples=tuple(samples), outcomes=outcomes, metrics={}, versions=versions)
 
     def _decide(self, group: Group, iteration: int) -> tuple[TerminalState, str]:
         scored = group.scored
+        stale = self._check_versions(group, iteration)
+        if stale is not None and self.rule.stragglers != "mask":
+            state: TerminalState = "superseded" if self.rule.over_issue else "rejected"
+            return state, f"has tokens of v{stale}, iteration {iteration} takes v{iteration - self.rule.max_staleness} and newer"
         if len(scored) < self._min_samples:
             return "failed", f"{len(scored)} of {group.size} samples have a score, at least {self._min_samples} are needed"
-        if self._settings.zero_variance == "drop" and len({self._score(t) for t in scored}) == 1:
+        if self._settings.zero_variance != "keep" and len({self._score(t) for t in scored}) == 1:
             return "filtered", "zero variance"
-        if not any(self._mask(t).any() for t in scored):
+        if not any(self._mask(t, iteration).any() for t in scored):
+            if stale is not None and any(self._mask(t, None).any() for t in scored):
+                return "rejected", f"no token of it is of v{iteration - self.rule.max_staleness} or newer"
             return "filtered", "every completion was cut off"
         return "trained", ""
 
-    def _mask(self, trajectory: Trajectory) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def _check_versions(self, group: Group, iteration: int) -> int | None:
+        """The oldest version of its tokens if that is too old. Raises StalenessViolation for what the rule makes impossible: a bug."""
+        bound, stale = iteration - self.rule.max_staleness, None
+        for t in group.trajectories:
+            if not len(t.spans):
+                continue
+            oldest, newest = int(t.spans[0, 0]), int(t.spans[-1, 0])
+            if newest > iteration or (oldest < bound and self.rule.stragglers == "wait" and not self.rule.over_issue):
+                raise StalenessViolation(_violation(t.group_id, t.index, iteration, oldest, newest, self.rule.max_staleness))
+            if oldest < bound:
+                stale = oldest if stale is None else min(stale, oldest)
+        return stale
+
+    def _mask(self, trajectory: Trajectory, iteration: int | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """The tokens that are trained on: not of a tool, of a completion that is not cut off, and not too old for `iteration`."""
         if self._settings.overlong == "mask" and trajectory.finish_reason != "stop":
             return np.zeros(len(trajectory.token_ids), np.bool_)
-        return trajectory.loss_mask
+        mask = trajectory.loss_mask
+        if iteration is None or not len(trajectory.spans) or int(trajectory.spans[0, 0]) >= iteration - self.rule.max_staleness:
+            return mask
+        return np.asarray(mask & (token_versions(trajectory.spans) >= iteration - self.rule.max_staleness))
 
     def _samples(self, trajectories: Sequence[Trajectory], iteration: int) -> list[TrainSample]:
         if not trajectories:
@@ -155,9 +297,9 @@ class Batcher:
                 prompt_ids=t.prompt_ids,
                 token_ids=t.token_ids,
                 behaviour_logprobs=t.behaviour_logprobs,
-                loss_mask=self._mask(t),
+                loss_mask=self._mask(t, iteration),
                 advantage=float(value),
-                temperature=self._temperature,
+                temperature=t.temperature,
                 positive=t.passed,
             )
             for t, value in zip(trajectories, values, strict=True)
@@ -171,21 +313,38 @@ class Batcher:
             trajectory.score,
             trajectory.parts,
             len(trajectory.token_ids),
-            max_tokens=self._max_tokens,
+            max_tokens=trajectory.max_tokens,
             weights=self._settings.reward_weights,
             penalty_tokens=self._settings.overlong_penalty_tokens,
         )
 
 
-def outcome(group: Group, iteration: int, state: TerminalState, reason: str) -> GroupOutcome:
+def _trained_versions(trajectory: Trajectory, mask: np.ndarray[tuple[int], np.dtype[np.bool_]], iteration: int) -> tuple[int, int]:
+    versions = token_versions(trajectory.spans)[mask]
+    return (int(versions.min()), int(versions.max())) if len(versions) else (iteration, iteration)
+
+
+def _violation(group_id: int, index: int, iteration: int, oldest: int, newest: int, bound: int) -> str:
+    return f"sample {group_id}/{index} of iteration {iteration} has tokens of v{oldest}..v{newest}, allowed are {iteration - bound}..{iteration}"
+
+
+def check_staleness(batch: Batch, max_staleness: int) -> None:
+    """Raise StalenessViolation if a token that is trained on lies outside [iteration - max_staleness, iteration]. Never, unless there is a bug."""
+    for sample, (oldest, newest) in zip(batch.samples, batch.versions, strict=True):
+        if not batch.iteration - max_staleness <= oldest <= newest <= batch.iteration:
+            raise StalenessViolation(_violation(sample.group_id, sample.index, batch.iteration, oldest, newest, max_staleness))
+
+
+def outcome(
+    group: Group, iteration: int, state: TerminalState, reason: str, *, in_batch: bool = False, problem_id: str = ""
+) -> GroupOutcome:
     """The terminal state of a group as it goes to the ledger and to the dispatcher."""
     members, scored = group.trajectories, group.scored
-    first = members[0]
     return GroupOutcome(
         group_id=group.group_id,
         iteration=iteration,
-        purpose=first.purpose,
-        problem_id=first.problem_id,
+        purpose=members[0].purpose if members else "train",
+        problem_id=members[0].problem_id if members else problem_id,
         state=state,
         reason=reason,
         num_samples=len(scored),
@@ -193,27 +352,24 @@ def outcome(group: Group, iteration: int, state: TerminalState, reason: str) -> 
         mean_score=float(np.mean([float(t.score) for t in scored if t.score is not None])) if scored else None,
         oldest_version=min((int(t.spans[0, 0]) for t in members if len(t.spans)), default=-1),
         newest_version=max((int(t.spans[-1, 0]) for t in members if len(t.spans)), default=-1),
+        in_batch=in_batch,
     )
 
 
-def check_staleness(trajectories: Sequence[Trajectory], iteration: int, max_staleness: int) -> None:
-    """Raise StalenessViolation if any token lies outside [iteration - max_staleness, iteration]. Never true unless there is a bug."""
-    for t in trajectories:
-        if len(t.spans) and not iteration - max_staleness <= int(t.spans[0, 0]) <= int(t.spans[-1, 0]) <= iteration:
-            raise StalenessViolation(
-                f"sample {t.group_id}/{t.index} of iteration {iteration} has tokens of v{int(t.spans[0, 0])}..v{int(t.spans[-1, 0])}, "
-                f"allowed are {iteration - max_staleness}..{iteration}"
-            )
+STATES: tuple[TerminalState, ...] = ("trained", "filtered", "rejected", "dropped", "superseded", "failed")
 
 
-def describe(groups: Sequence[Group], outcomes: Sequence[GroupOutcome], iteration: int) -> dict[str, float]:
-    """What the batch looks like, before training on it. Names are those of docs/metrics.md."""
+def describe(groups: Sequence[Group], outcomes: Sequence[GroupOutcome], iteration: int, max_staleness: int) -> dict[str, float]:
+    """What an iteration looks like: its batches, and the groups that ended without a place in them. Names are those of docs/metrics.md."""
     members = [t for group in groups for t in group.trajectories]
     scores = np.array([float(t.score) for t in members if t.score is not None])
     lengths = np.array([len(t.token_ids) for t in members])
-    staleness = np.concatenate([iteration - token_versions(t.spans) for t in members]) if len(members) else np.zeros(0)
+    ages = np.concatenate([iteration - token_versions(t.spans) for t in members]) if members else np.zeros(0)
+    staleness = ages[ages <= max_staleness]
     states = [o.state for o in outcomes]
-    reasons = {f"data/groups_{state}": float(states.count(state)) for state in ("trained", "filtered", "rejected", "dropped", "failed")}
+    reasons = {f"data/groups_{state}": float(states.count(state)) for state in STATES}
+    latest = {group.group_id: group.trajectories[0].iteration for group in groups}
+    placed = [latest[o.group_id] for o in outcomes if o.in_batch]
     return {
         "reward/mean": float(scores.mean()) if len(scores) else float("nan"),
         "reward/std": float(scores.std()) if len(scores) else float("nan"),
@@ -227,5 +383,9 @@ def describe(groups: Sequence[Group], outcomes: Sequence[GroupOutcome], iteratio
         "staleness/max": float(staleness.max()) if len(staleness) else 0.0,
         "staleness/mixed_share": float(np.mean([len(t.spans) > 1 for t in members])),
         "reward/scoring_s_mean": float(np.mean([t.scoring_s for t in members])),
+        "staleness/too_old_share": float(np.mean(ages > max_staleness)) if len(ages) else 0.0,
+        "data/groups_replaced": float(sum(o.state in ("filtered", "failed") and not o.in_batch for o in outcomes)),
+        "data/groups_early": float(sum(last > iteration for last in placed)),
+        "data/groups_late": float(sum(last < iteration for last in placed)),
         **reasons,
     }

@@ -74,15 +74,30 @@ class Intake:
                 self._raise()
             self._wanted = -1
             recorder.enter("build batch", iteration=iteration)
-            return self._batcher.take(iteration)
+            batch = self._batcher.take(iteration, self._issued(), self._assembler)
+        self.end_groups(batch.given_up)
+        return batch
 
     def wait_end(self, recorder: Recorder) -> None:
-        """Serve until the run stops (evaluation goes on after the last iteration)."""
-        with self._lock:
-            while True:
+        """Serve until the run stops (evaluation goes on after the last iteration). What is still issued for training is unfinished."""
+        while True:
+            with self._lock:
+                unfinished = self._batcher.leave_over(self._issued(), self._assembler)
+            self.end_groups(tuple(unfinished))
+            with self._lock:
                 recorder.enter("waiting:end of run", "dispatcher", "the last evaluation")
                 self._lock.wait(1.0)
                 self._raise()
+
+    @property
+    def groups_taken(self) -> int:
+        """Training groups that had a place in a batch, over the whole run."""
+        return self._batcher.groups_taken
+
+    def _issued(self) -> dict[int, str]:
+        """Training groups without a terminal state in the ledger, with their problems; asked for only where some may be given up."""
+        batcher = self._batcher
+        return self._ledger.open_groups() if batcher.rule.stragglers == "drop" or batcher.line.finished else {}
 
     def announce(self, ready: WeightsReady) -> None:
         """Tell every generator and the dispatcher, now and when they say Hello later."""
@@ -93,6 +108,8 @@ class Intake:
 
     def end_groups(self, outcomes: tuple[GroupOutcome, ...]) -> None:
         """Write terminal states to the ledger and tell the dispatcher."""
+        if not outcomes:
+            return
         self._ledger.ended(outcomes)
         with self._lock:
             self._outcomes.extend(outcomes)
@@ -179,9 +196,9 @@ class Intake:
         """A training group waits for its batch; an evaluation group ends here."""
         first = group.trajectories[0]
         if first.purpose == "train":
-            self._batcher.add(group)
+            ended = self._batcher.add(group)
             self._lock.notify_all()
-            return []
+            return ended
         enough = bool(group.scored)
         return [outcome(group, first.iteration, "evaluated" if enough else "failed", "" if enough else "no sample has a score")]
 

@@ -158,11 +158,19 @@ class LearnerSettings(_Settings):
         default=None, ge=1, description="DAPO's L_cache: the score falls by up to 1 over the last so many tokens before the length limit."
     )
     overlong: Literal["mask", "keep"] = Field(default="mask", description="Whether completions cut off at the length limit leave the loss.")
-    zero_variance: Literal["drop", "keep"] = Field(default="drop", description="Whether groups whose scores are all equal leave the batch.")
+    zero_variance: Literal["drop", "keep", "refill"] = Field(
+        default="drop",
+        description="Groups whose scores are all equal: leave the batch, stay, or are replaced by others for the same batch (DAPO).",
+    )
+    refill_rounds: int | None = Field(
+        default=None, ge=1, description="Of refill: at most so many times an iteration's groups are replaced; 4 if not given."
+    )
     min_samples: int | None = Field(default=None, ge=1, description="Fewest scored samples of a group; group_size - 1 if not given.")
 
     @model_validator(mode="after")
     def _consistent(self) -> LearnerSettings:
+        if self.refill_rounds is not None and self.zero_variance != "refill":
+            raise ValueError(f"refill_rounds is {self.refill_rounds} but zero_variance is '{self.zero_variance}': nothing is refilled")
         if self.overlong_penalty_tokens is not None and self.overlong == "mask":
             raise ValueError(
                 "overlong_penalty_tokens punishes long completions and overlong 'mask' leaves them out: choose overlong 'keep'"

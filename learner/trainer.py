@@ -12,16 +12,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from learner.batcher import Assembler, Batch, Batcher
+from learner.batcher import Assembler, Batch, Batcher, check_staleness
 from learner.intake import Intake
+from learner.line import BatchRule
 from learner.packing import TrainSample
 from learner.parallel import Group, SingleProcess, connect_store, join, open_store
 from learner.publisher import DTYPES, Publisher
@@ -43,13 +44,9 @@ class LearnerJob:
     """What every rank of the learner group is started with."""
 
     iterations: int
-    groups_per_iteration: int
+    batches: BatchRule
     group_size: int
     eval_samples: int
-    max_staleness: int
-    temperature: float
-    max_tokens: int
-    """Of a completion; where the penalty for length is full."""
     model_dir: Path
     run_dir: Path
     weights_dir: Path
@@ -75,14 +72,7 @@ class Leader:
     def __init__(self, node: Node, job: LearnerJob) -> None:
         self._node, self._job = node, job
         self._recorder: Recorder = node.recorder
-        batcher = Batcher(
-            job.settings,
-            groups_per_iteration=job.groups_per_iteration,
-            group_size=job.group_size,
-            max_staleness=job.max_staleness,
-            temperature=job.temperature,
-            max_tokens=job.max_tokens,
-        )
+        batcher = Batcher(job.settings, job.batches, job.group_size)
         assembler = Assembler(job.group_size, job.eval_samples)
         self._journal = Journal(job.run_dir / "journal")
         self._ledger = Ledger(job.run_dir / "ledger.sqlite")
@@ -142,30 +132,36 @@ class Leader:
         recorder, job = self._recorder, self._job
         self._publish(0)
         for iteration in range(job.iterations):
-            batch = self._intake.wait_batch(iteration, recorder)
+            parts: list[tuple[Batch, dict[str, float]]] = []
+            train_s = 0.0
+            while not parts or not parts[-1][0].last:
+                batch = self._intake.wait_batch(iteration, recorder)
+                check_staleness(batch, job.batches.max_staleness)
 
-            with recorder.during("journal batch", iteration=iteration):
-                self._journal.append([b"batch", msgpack.packb({"iteration": iteration, "groups": [o.group_id for o in batch.outcomes]})])
-                self._journal.sync()
+                with recorder.during("journal batch", iteration=iteration):
+                    record = {"iteration": iteration, "part": batch.part, "groups": [o.group_id for o in batch.outcomes]}
+                    self._journal.append([b"batch", msgpack.packb(record)])
+                    self._journal.sync()
 
-            started = time.monotonic()
-            with recorder.during("train", iteration=iteration):
-                if self._group.size > 1:
-                    with recorder.during("waiting:ranks", "learner", "the batch's broadcast"):
-                        self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
-                metrics = self._step.train(batch.samples, iteration, job.iterations)
-            train_s = time.monotonic() - started
+                started = time.monotonic()
+                with recorder.during("train", iteration=iteration):
+                    if self._group.size > 1:
+                        with recorder.during("waiting:ranks", "learner", "the batch's broadcast"):
+                            self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
+                    metrics = self._step.train(batch.samples, iteration, job.iterations)
+                train_s += time.monotonic() - started
+                parts.append((batch, metrics.values))
 
             publish_s = self._publish(iteration + 1)
-            self._intake.end_groups(batch.outcomes)
-            self._report(batch, metrics.values, train_s, publish_s)
+            self._intake.end_groups(tuple(outcome for batch, _ in parts for outcome in batch.outcomes))
+            self._report(parts[-1][0], over_parts([values for _, values in parts]), train_s, publish_s)
             self._iterations_done += 1
 
     def _publish(self, number: int) -> float:
         started = time.monotonic()
         with self._recorder.during("publish", iteration=number):
             ready = self._publisher.publish(Version(number), self._step.published_tensors(self._publisher.dtype))
-            self._intake.announce(ready)
+            self._intake.announce(replace(ready, groups_taken=self._intake.groups_taken))
         return time.monotonic() - started
 
     def _report(self, batch: Batch, values: dict[str, float], train_s: float, publish_s: float) -> None:
@@ -187,6 +183,25 @@ class Leader:
         time.sleep(STOP_GRACE_S)
         log.info("%s leaves in the middle of a step: the run was stopped", self._node.identity)
         os._exit(1 if self._failed else 0)
+
+
+_COUNTS = ("num_tokens", "num_samples", "tokens_trained", "updates", "updates_skipped", "skipped")
+
+
+def over_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The numbers of an iteration from those of its parts: counts are summed, extremes stay extremes, all others are means over the parts."""
+    merged = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        if name in _COUNTS:
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        elif name.endswith("_min"):
+            merged[name] = min(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
 
 
 STOP_GRACE_S = 3.0

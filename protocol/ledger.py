@@ -248,6 +248,14 @@ class Ledger:
         rows = self._db.execute(f"SELECT {','.join(_ENDED)} FROM ended ORDER BY group_id").fetchall()
         return [GroupOutcome(**{**dict(zip(_ENDED, row, strict=True)), "in_batch": bool(row[_ENDED.index("in_batch")])}) for row in rows]
 
+    def open_groups(self) -> dict[int, str]:
+        """Training groups that were issued and have no terminal state here, with their problems, in their order."""
+        rows = self._db.execute(
+            "SELECT group_id, problem_id FROM issued WHERE purpose = 'train' AND attempt = 0 AND NOT EXISTS "
+            "(SELECT 1 FROM ended WHERE ended.group_id = issued.group_id) ORDER BY group_id"
+        ).fetchall()
+        return {int(group_id): str(problem_id) for group_id, problem_id in rows}
+
     def ended_groups(self) -> set[int]:
         """Groups that have a terminal state."""
         return {int(row[0]) for row in self._db.execute("SELECT group_id FROM ended").fetchall()}

@@ -95,6 +95,7 @@ class RunConfig(Settings):
                 f"learner.ranks is {self.learner.ranks} but an iteration has only {sampling.groups_per_iteration} groups "
                 "(sampling.groups_per_iteration), so some ranks would have nothing to train on"
             )
+        self._check_schedule()
         if context is not None and sampling.max_tokens >= context:
             raise ValueError(
                 f"sampling.max_tokens is {sampling.max_tokens}, which leaves no room for a prompt in model.max_context {context}"
@@ -103,9 +104,10 @@ class RunConfig(Settings):
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike, so nothing can be learned from them")
         if sampling.group_size < 2 and self.learner.advantage == "grpo":
             raise ValueError("sampling.group_size is 1: group-relative advantages need at least 2 samples of a prompt")
-        if sampling.group_size < 2 and self.learner.zero_variance == "drop":
+        if sampling.group_size < 2 and self.learner.zero_variance != "keep":
             raise ValueError(
-                "sampling.group_size is 1: every group has one score, so learner.zero_variance 'drop' leaves nothing to train on"
+                f"sampling.group_size is 1: every group has one score, so learner.zero_variance '{self.learner.zero_variance}' leaves nothing "
+                "to train on"
             )
         weights = self.learner.reward_weights
         if weights is not None and list(weights) != [self.rewarders.reward]:
@@ -116,6 +118,25 @@ class RunConfig(Settings):
         if minimum is not None and minimum > sampling.group_size:
             raise ValueError(f"learner.min_samples is {minimum}, more than the sampling.group_size of {sampling.group_size}")
         return self
+
+    def _check_schedule(self) -> None:
+        schedule, groups = self.schedule, self.sampling.groups_per_iteration
+        reorder = schedule.reorder_of(groups)
+        if schedule.parts > groups:
+            raise ValueError(f"schedule.minibatches is {schedule.parts} but an iteration has only {groups} groups")
+        if schedule.stragglers != "wait" and not schedule.may_lag(groups):
+            raise ValueError(
+                f"schedule.quorum is {schedule.quorum or 0.85:g} of {groups} groups (sampling.groups_per_iteration), which is all of them: "
+                f"stragglers '{schedule.stragglers}' would never happen; choose a smaller quorum, or wait"
+            )
+        if reorder > schedule.bound * groups:
+            raise ValueError(
+                f"schedule.reorder is {reorder}: more than staleness {schedule.bound} x {groups} groups leaves no room to sample ahead"
+            )
+        if schedule.over_issue > groups:
+            raise ValueError(
+                f"schedule.over_issue is {schedule.over_issue}, more than an iteration's {groups} groups: most of them could never be used"
+            )
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -217,7 +238,10 @@ def explain(fault: Any, model: type[BaseModel], prefix: str = "") -> str:
         return f"{where}: {message}" if where else message
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where} is {fault['input']!r}: expected keys with values"
-    return f"{where} is {fault['input']!r}: {message[:1].lower()}{message[1:]}"
+    near = (
+        difflib.get_close_matches(str(fault["input"]), re.findall(r"'([^']+)'", message), n=1) if fault["type"] == "literal_error" else []
+    )
+    return f"{where} is {fault['input']!r}: {message[:1].lower()}{message[1:]}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _known_keys(model: Any, loc: Sequence[Any]) -> list[str]:

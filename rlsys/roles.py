@@ -13,6 +13,7 @@ from pathlib import Path
 from protocol.errors import RunEnded, UserError
 from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
 from rlsys.config import RunConfig, parse_config
+from rlsys.schedules import batch_rule, pacing_rule
 
 log = logging.getLogger("rlsys")
 
@@ -70,7 +71,8 @@ def _dispatcher(node: Node, config: RunConfig) -> None:
         DispatcherJob(
             seed=config.seed,
             iterations=config.iterations,
-            max_staleness=config.schedule.max_staleness,
+            pacing=pacing_rule(config),
+            max_requeues=1 if config.schedule.max_requeues is None else config.schedule.max_requeues,
             model_dir=config.model.path,
             max_context=max_context(config),
             data=config.data,
@@ -135,12 +137,9 @@ def _learner(node: Node, config: RunConfig) -> None:
         node,
         LearnerJob(
             iterations=config.iterations,
-            groups_per_iteration=config.sampling.groups_per_iteration,
+            batches=batch_rule(config),
             group_size=config.sampling.group_size,
             eval_samples=config.evaluation.samples,
-            max_staleness=config.schedule.max_staleness,
-            temperature=config.sampling.temperature,
-            max_tokens=config.sampling.max_tokens,
             model_dir=config.model.path,
             run_dir=run_dir,
             weights_dir=Path((run_dir / WEIGHTS_DIR).read_text()),

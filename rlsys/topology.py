@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlsys.config import RunConfig
+from rlsys.schedules import describe_schedule
 
 
 def processes(config: RunConfig) -> list[tuple[str, int]]:
@@ -24,7 +25,7 @@ def describe(config: RunConfig) -> list[str]:
         evaluation = f"{config.data.eval}, {config.evaluation.samples} samples each, {' and '.join(when) or 'never'}"
     return [
         f"run         {config.name}: {config.iterations} iterations of {s.groups_per_iteration} groups x {s.group_size} = {samples} samples",
-        f"schedule    {config.schedule.name}: staleness at most {config.schedule.max_staleness}",
+        f"schedule    {describe_schedule(config)}",
         f"model       {config.model.path}",
         f"train       {config.data.train}",
         f"evaluate    {evaluation}",

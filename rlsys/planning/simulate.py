@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from actors.dispatcher import sample_seed
 from actors.engines.fluid import FluidDevice
 from actors.engines.lengths import Lengths
-from actors.pacing import Pacer
+from actors.pacing import Pacer, PacingRule
 from rlsys.planning.figures import Figures
 from rlsys.planning.limits import Split
 
@@ -123,7 +123,9 @@ class Simulation:
         self._figures, self._split = figures, split
         self._max_staleness, self._iterations, self._seed = max_staleness, iterations, seed
         self._extra_step_s = extra_step_s
-        self._pacer = Pacer(iterations, figures.groups_per_iteration, max_staleness)
+        self._pacer = Pacer(
+            PacingRule(iterations=iterations, groups_per_iteration=figures.groups_per_iteration, max_staleness=max_staleness)
+        )
         self._lengths = Lengths(figures.lengths)
         sampling = figures.sampling
         device_shares = [1.0] * math.floor(split.generators + 1e-9)
@@ -212,7 +214,7 @@ class Simulation:
     def _dispatch(self) -> None:
         """Issue what pacing allows to whoever has the most credit."""
         touched: set[int] = set()
-        while (iteration := self._pacer.next_iteration()) is not None and self._loaded >= self._pacer.min_version(iteration):
+        while (iteration := self._pacer.next_iteration()) is not None and self._loaded >= self._pacer.rule.min_version(iteration):
             while self._credits and self._credit(self._credits[0][1]) != -self._credits[0][0]:
                 heapq.heappop(self._credits)
             if not self._credits:
@@ -227,7 +229,7 @@ class Simulation:
     def _issue(self, index: int, iteration: int) -> None:
         group_id, figures = self._next_group, self._figures
         self._next_group += 1
-        self._pacer.issue(iteration)
+        self._pacer.issue()
         self._groups[group_id] = _Group(iteration, figures.group_size)
         self._staleness_max = max(self._staleness_max, iteration - self._loaded)
         generator = self._generators[index]
@@ -304,7 +306,7 @@ class Simulation:
     def _version(self, number: int) -> None:
         self._published.append(self._now)
         self._learner_free_s = self._now
-        self._pacer.publish(number)
+        self._pacer.publish(number, number * self._figures.groups_per_iteration)
         update = self._figures.sampling.update_s
         if update and number:
             for index, generator in enumerate(self._generators):

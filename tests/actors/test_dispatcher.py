@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from actors.dispatcher import FIRST_EVAL_GROUP, Dispatcher, DispatcherJob, run_dispatcher, sample_seed
+from actors.pacing import PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
 from protocol.errors import DataError
 from protocol.messages import Credit, Event, Finished, GroupOutcome, GroupTask, Hello, WeightsReady
@@ -23,11 +24,13 @@ def make_job(
     data = {"train": dataset(tmp_path / "train.jsonl", problems(train)), "shuffle": False, **changes.pop("data", {})}
     if held_out:
         data["eval"] = dataset(tmp_path / "eval.jsonl", problems(held_out, "e"))
+    pacing = changes.pop("pacing", {})
     sampling = {"groups_per_iteration": 2, "group_size": 3, "max_tokens": 8, **changes.pop("sampling", {})}
     values: dict[str, Any] = {
         "seed": 7,
         "iterations": iterations,
-        "max_staleness": staleness,
+        "pacing": PacingRule(iterations=iterations, groups_per_iteration=2, max_staleness=staleness, **pacing),
+        "max_requeues": 1,
         "model_dir": tokenizer_directory(tmp_path / "model"),
         "max_context": 64,
         "data": DataSettings(**data),
@@ -52,7 +55,7 @@ def ended(task: GroupTask, *, passed: int = 1, state: str = "", samples: int | N
         group_id=task.group_id, iteration=task.iteration, purpose=task.purpose, problem_id=task.problem_id,
         state=state or ("trained" if task.purpose == "train" else "evaluated"), reason="",  # type: ignore[arg-type]
         num_samples=len(task.indices) if samples is None else samples, num_passed=passed, mean_score=0.5,
-        oldest_version=task.iteration, newest_version=task.iteration,
+        oldest_version=task.iteration, newest_version=task.iteration, in_batch=task.purpose == "train",
     )  # fmt: skip
 
 
@@ -60,7 +63,7 @@ def whole_run(job: DispatcherJob) -> tuple[list[GroupTask], list[dict[str, Any]]
     """Every task of a run in which each group ends at once, and the results of its evaluations."""
     dispatcher, tasks, results = Dispatcher(job), [], []
     for version in range(job.iterations + 1):
-        dispatcher.on_version(version)
+        dispatcher.on_version(version, 2 * version)
         for task in drain(dispatcher):
             tasks.append(task)
             results += [result for result in [dispatcher.on_outcome(ended(task))] if result]
@@ -70,7 +73,7 @@ def whole_run(job: DispatcherJob) -> tuple[list[GroupTask], list[dict[str, Any]]
 
 def test_a_task_carries_everything_that_a_generator_needs(tmp_path: Path) -> None:
     dispatcher = Dispatcher(make_job(tmp_path, held_out=0, sampling={"temperature": 0.7, "top_p": 0.9, "top_k": 5}))
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     task = dispatcher.next_task()
     assert task is not None
     assert not task.fault()
@@ -87,11 +90,11 @@ def test_pacing_holds_groups_back_until_their_version_is_published(tmp_path: Pat
     dispatcher = Dispatcher(make_job(tmp_path, held_out=0))
     assert dispatcher.next_task() is None
     assert dispatcher.waits_for()[:2] == ("waiting:first version", "learner")
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     assert dispatcher.waits_for()[:2] == ("waiting:credits", "generator")
     assert [(t.iteration, t.min_version) for t in drain(dispatcher)] == [(0, 0), (0, 0), (1, 0), (1, 0)]
     assert dispatcher.waits_for() == ("waiting:version", "learner", "v1 opens the next iteration")
-    dispatcher.on_version(1)
+    dispatcher.on_version(1, 2)
     assert [(t.iteration, t.min_version) for t in drain(dispatcher)] == [(2, 1), (2, 1)]
     assert dispatcher.waits_for() == ("waiting:outcomes", "learner", "6 groups have no terminal state yet")
 
@@ -120,7 +123,7 @@ def test_the_first_evaluation_is_issued_before_the_first_training_sample(tmp_pat
     """Also when a generator has loaded v0 before the dispatcher has heard of it."""
     dispatcher = Dispatcher(make_job(tmp_path))
     assert dispatcher.next_task() is None
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     assert [t.purpose for t in drain(dispatcher)] == ["eval"] * 2 + ["train"] * 4
 
 
@@ -177,9 +180,9 @@ def _fields(job: DispatcherJob) -> dict[str, Any]:
 def test_done_only_when_everything_has_its_terminal_state(tmp_path: Path) -> None:
     dispatcher = Dispatcher(make_job(tmp_path, iterations=1))
     assert not dispatcher.done
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     out = drain(dispatcher)
-    dispatcher.on_version(1)
+    dispatcher.on_version(1, 2)
     assert not dispatcher.done, "the last evaluation was not issued"
     out += drain(dispatcher)
     assert [t.purpose for t in out] == ["eval", "eval", "train", "train", "eval", "eval"]
@@ -191,17 +194,17 @@ def test_done_only_when_everything_has_its_terminal_state(tmp_path: Path) -> Non
 
 def test_the_run_is_not_done_before_its_last_version(tmp_path: Path) -> None:
     dispatcher = Dispatcher(make_job(tmp_path, iterations=1, held_out=0))
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     for task in drain(dispatcher):
         dispatcher.on_outcome(ended(task))
     assert not dispatcher.done
-    dispatcher.on_version(1)
+    dispatcher.on_version(1, 2)
     assert dispatcher.done
 
 
 def test_outcomes_of_unknown_groups_and_repeats_change_nothing(tmp_path: Path) -> None:
     dispatcher = Dispatcher(make_job(tmp_path))
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     tasks = drain(dispatcher)
     first, second = tasks[:2]
     stranger = GroupTask(**{**{n: getattr(first, n) for n in GroupTask.__slots__}, "group_id": FIRST_EVAL_GROUP + 99})
@@ -216,7 +219,7 @@ def test_outcomes_of_unknown_groups_and_repeats_change_nothing(tmp_path: Path) -
 
 def test_failed_groups_of_an_evaluation_are_counted_not_scored(tmp_path: Path) -> None:
     dispatcher = Dispatcher(make_job(tmp_path, held_out=3))
-    dispatcher.on_version(0)
+    dispatcher.on_version(0, 0)
     a, b, c = drain(dispatcher)[:3]
     dispatcher.on_outcome(ended(a, passed=1))
     dispatcher.on_outcome(ended(b, state="failed", passed=0, samples=0))
@@ -228,7 +231,7 @@ def test_failed_groups_of_an_evaluation_are_counted_not_scored(tmp_path: Path) -
 def test_old_news_of_versions_starts_no_evaluation_twice(tmp_path: Path) -> None:
     dispatcher = Dispatcher(make_job(tmp_path, evaluation={"every": 1}))
     for version in (0, 1, 0, 1):
-        dispatcher.on_version(version)
+        dispatcher.on_version(version, 2 * version)
     assert [t.iteration for t in drain(dispatcher) if t.purpose == "eval"] == [0, 0, 1, 1]
 
 
@@ -236,7 +239,9 @@ def test_old_news_of_versions_starts_no_evaluation_twice(tmp_path: Path) -> None
 
 
 def ready(number: int) -> WeightsReady:
-    return WeightsReady(number=number, incarnation=0, directory="/nowhere", manifest_sha256="0" * 64, num_bytes=1, published_s=0.0)
+    return WeightsReady(
+        number=number, incarnation=0, directory="/nowhere", manifest_sha256="0" * 64, num_bytes=1, published_s=0.0, groups_taken=2 * number
+    )
 
 
 def greet(generator: Peer, identity: str, credit: int, loaded: int) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.batcher import Assembler, Batch, Batcher, Group
+from learner.line import BatchRule
 from learner.packing import TrainSample
 from learner.settings import LearnerSettings
 from protocol.errors import StalenessViolation
@@ -21,17 +22,16 @@ from tests.learner.trajectories import trajectory
 SIZE = 3
 
 
-def make_batcher(groups: int = 1, *, staleness: int = 1, size: int = SIZE, max_tokens: int = 8, **changes: Any) -> Batcher:
-    return Batcher(
-        LearnerSettings(**changes), groups_per_iteration=groups, group_size=size, max_staleness=staleness, temperature=0.7,
-        max_tokens=max_tokens,
-    )  # fmt: skip
+def make_batcher(groups: int = 1, *, staleness: int = 1, size: int = SIZE, rule: dict[str, Any] | None = None, **changes: Any) -> Batcher:
+    numbers = {"iterations": 9, "groups_per_iteration": groups, "max_staleness": staleness, **(rule or {})}
+    return Batcher(LearnerSettings(**changes), BatchRule(**numbers), size)
 
 
 def batch_of(*arrived: Trajectory, iteration: int = 0, **changes: Any) -> Batch:
-    """The batch of trajectories that came in this order."""
-    groups = len({t.group_id for t in arrived})
-    batcher, assembler = make_batcher(groups, **changes), Assembler(changes.get("size", SIZE), 1)
+    """The batch of trajectories that came in this order; nothing else stands before it in the line."""
+    ids = {t.group_id for t in arrived}
+    batcher, assembler = make_batcher(len(ids), **changes), Assembler(changes.get("size", SIZE), 1)
+    batcher.restore(iteration, [number for number in range(max(ids)) if number not in ids], 0)
     for t in arrived:
         group = assembler.add(t)
         if group is not None:
@@ -87,12 +87,24 @@ def test_training_and_evaluation_groups_have_their_own_sizes() -> None:
     assert assembler.add(trajectory(1, 0, 1.0)) is None
 
 
-def test_a_batch_waits_for_its_own_iteration() -> None:
+def whole(number: int, *scores: float | None, **changes: Any) -> Group:
+    members = group(number, *scores, **changes)
+    return Group(number, len(members), {t.index: t for t in members})
+
+
+def test_a_batch_waits_for_the_head_of_the_line() -> None:
     batcher = make_batcher(2)
-    for number, iteration in ((1, 0), (2, 1), (3, 1)):
-        batcher.add(Group(number, SIZE, {t.index: t for t in group(number, 0.0, 1.0, 1.0, iteration=iteration)}))
-    assert [batcher.missing(k) for k in range(3)] == [1, 0, 2]
+    for number in (1, 2, 3):
+        assert batcher.add(whole(number, 0.0, 1.0, 1.0)) == []
+    assert (batcher.missing(0), batcher.complete(0)) == (2, [])
+    with pytest.raises(ValueError, match="batch 0 lacks 2 groups"):
+        batcher.take(0)
+    batcher.add(whole(0, 0.0, 1.0, 1.0))
+    assert [o.group_id for o in batcher.take(0).outcomes] == [0, 1]
+    with pytest.raises(ValueError, match="iteration 1 is open, not 0"):
+        batcher.missing(0)
     assert [o.group_id for o in batcher.take(1).outcomes] == [2, 3]
+    assert batcher.groups_taken == 4
 
 
 @pytest.mark.parametrize(
@@ -210,6 +222,11 @@ def test_metrics_are_those_computed_by_hand() -> None:
             "data/groups_rejected": 0,
             "data/groups_dropped": 0,
             "data/groups_failed": 0,
+            "data/groups_superseded": 0,
+            "data/groups_replaced": 0,
+            "data/groups_early": 0,
+            "data/groups_late": 0,
+            "staleness/too_old_share": 0,
             "staleness/mean": (5 + 5 + 2) / 24,
             "staleness/max": 1,
             "staleness/mixed_share": 1 / 6,

@@ -10,6 +10,7 @@ import pytest
 
 from learner.batcher import Assembler, Batch, Batcher
 from learner.intake import Intake
+from learner.line import BatchRule
 from learner.settings import LearnerSettings
 from protocol.errors import RunEnded
 from protocol.journal import Journal, read_journal
@@ -31,7 +32,7 @@ class Scene:
         self.ring, self.directory = ring, directory
         self.node = Node(ring.spec("learner"))
         self.journal, self.ledger = Journal(directory / "journal"), Ledger(directory / "ledger.sqlite")
-        batcher = Batcher(LearnerSettings(), groups_per_iteration=1, group_size=2, max_staleness=1, temperature=1.0, max_tokens=8)
+        batcher = Batcher(LearnerSettings(), BatchRule(iterations=9, groups_per_iteration=1, max_staleness=1), 2)
         self.intake = Intake(self.node, Assembler(2, 1), batcher, self.journal, self.ledger)
         self.intake.start()
         ring.until(lambda: ring.heartbeats(LEARNER), "the learner registers")
@@ -67,7 +68,7 @@ def acknowledged(peer: Peer) -> list[tuple[int, ...]]:
 def test_what_is_acknowledged_stands_in_the_journal(scene: Scene) -> None:
     rewarder = scene.rewarder()
     assert rewarder.of(Credit)[0].total == WINDOW
-    first, copy = trajectory(1, 0, 1.0), trajectory(1, 0, 0.0, attempt=1)
+    first, copy = trajectory(0, 0, 1.0), trajectory(0, 0, 0.0, attempt=1)
     rewarder.tell(first)
     scene.ring.until(lambda: acknowledged(rewarder), "the acknowledgement")
     assert scene.journaled() == 1
@@ -83,12 +84,12 @@ def test_the_trainer_waits_for_its_batch_and_no_longer(scene: Scene) -> None:
     trainer = threading.Thread(target=lambda: got.append(scene.intake.wait_batch(0, recorder)), daemon=True)
     trainer.start()
     rewarder = scene.rewarder()
-    rewarder.tell(trajectory(1, 0, 1.0))
-    scene.ring.until(lambda: "group 1 lacks 1 samples" in recorder.activity.detail, "the wait says what is missing")
+    rewarder.tell(trajectory(0, 0, 1.0))
+    scene.ring.until(lambda: "group 0 lacks 1 samples" in recorder.activity.detail, "the wait says what is missing")
     assert (recorder.activity.name, recorder.activity.peer) == ("waiting:trajectories", "rewarder")
-    rewarder.tell(trajectory(1, 1, 0.0))
+    rewarder.tell(trajectory(0, 1, 0.0))
     scene.ring.until(lambda: got, "the batch")
-    assert [(s.group_id, s.index) for s in got[0].samples] == [(1, 0), (1, 1)]
+    assert [(s.group_id, s.index) for s in got[0].samples] == [(0, 0), (0, 1)]
     trainer.join(5.0)
 
 
@@ -101,7 +102,7 @@ def test_terminal_states_reach_ledger_and_dispatcher_also_one_that_comes_later(s
     [outcome] = early.of(GroupOutcome)
     assert (outcome.state, outcome.reason, outcome.mean_score) == ("failed", "no sample has a score", None)
     for index in range(2):
-        rewarder.tell(trajectory(1, index, float(index)))
+        rewarder.tell(trajectory(0, index, float(index)))
     scene.intake.end_groups(scene.intake.wait_batch(0, scene.node.recorder).outcomes)
     scene.ring.until(lambda: len(early.of(GroupOutcome)) == 2, "the group of the batch ends")
     assert scene.ledger.counts() == {"failed": 1, "trained": 1}
@@ -138,7 +139,7 @@ def test_a_fault_of_the_thread_ends_the_trainers_wait(scene: Scene) -> None:
     """A journal that cannot be written: nothing is acknowledged, and the trainer hears of it."""
     rewarder = scene.rewarder()
     scene.journal.close()
-    rewarder.tell(trajectory(1, 0, 1.0))
+    rewarder.tell(trajectory(0, 0, 1.0))
     with pytest.raises(OSError, match="Bad file descriptor"):
         scene.intake.wait_batch(0, scene.node.recorder)
     assert acknowledged(rewarder) == []
@@ -147,6 +148,6 @@ def test_a_fault_of_the_thread_ends_the_trainers_wait(scene: Scene) -> None:
 def test_an_intake_that_never_started_can_be_closed(ring: Ring, tmp_path: Path) -> None:
     scene = Scene.__new__(Scene)
     scene.node, scene.journal, scene.ledger = Node(ring.spec("learner")), Journal(tmp_path / "j"), Ledger(tmp_path / "l.sqlite")
-    batcher = Batcher(LearnerSettings(), groups_per_iteration=1, group_size=2, max_staleness=1, temperature=1.0, max_tokens=8)
+    batcher = Batcher(LearnerSettings(), BatchRule(iterations=9, groups_per_iteration=1, max_staleness=1), 2)
     scene.intake = Intake(scene.node, Assembler(2, 1), batcher, scene.journal, scene.ledger)
     scene.close()

@@ -161,7 +161,7 @@ def _check_journal(directory: Path, sent: list[Trajectory]) -> None:
     firsts = {(t.group_id, t.index): key_of(t) for t in reversed(sent)}
     assert sorted(key_of(t) for t in journaled if isinstance(t, Trajectory)) == sorted(firsts.values())
     batches = [msgpack.unpackb(frames[0]) for kind, *frames in records if kind == b"batch"]
-    assert batches == [{"iteration": 0, "groups": [0, 1]}, {"iteration": 1, "groups": [2, 3]}]
+    assert batches == [{"iteration": 0, "part": 0, "groups": [0, 1]}, {"iteration": 1, "part": 0, "groups": [2, 3]}]
 
 
 def test_a_model_that_cannot_be_read_ends_the_learner_with_one_sentence(ring: Ring, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
     config = parse_config(content, "run.yaml")
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
-    assert (config.schedule.max_staleness, parse_config(minimal(tmp_path), "x").schedule.max_staleness) == (0, 1)
+    assert (config.schedule.bound, parse_config(minimal(tmp_path), "x").schedule.bound) == (0, 1)
 
 
 def test_paths_count_from_the_file_and_may_hold_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,12 @@ HEADER = {"call.hpp": Path(languages.__file__).with_name("call.hpp").read_bytes(
 GONE = 99
 """Exit code of the tests when the judged side went away: `rlsys::gone` in call.hpp."""
 
+FAILED = 98
+"""Exit code of the tests when they stopped at an assert that failed."""
+PASSED, REFUSED = ".", "x"
+"""What the tests write to stdout for each assert."""
+
+_ASSERT = re.compile(r"\bassert\s*\(")
 _INCLUDES = "#include <assert.h>\n#include <bits/stdc++.h>\n"
 _UNION = re.compile(r"union\s+(Union_\w+)\s*\{(.*?)\n\};", re.DOTALL)
 _MEMBER = re.compile(r"^\s*([\w:<>, ]+?)\s+f\d+;", re.MULTILINE)
@@ -35,11 +41,22 @@ def judged_source(prompt: str, source: str, function: str) -> str:
     return f"{_INCLUDES}#define main rlsys_own_main\n{_tagged_unions(source)}\n{serve}"
 
 
-def tests_source(prompt: str, tests: str) -> str:
-    """The tests: the prompt as a declaration, and a stand-in for the function."""
+def num_asserts(tests: str) -> int:
+    """Asserts in the source of the tests."""
+    return len(_ASSERT.findall(tests))
+
+
+def tests_source(prompt: str, tests: str, stop: bool) -> str:
+    """The tests: the prompt as a declaration, a stand-in for the function, and asserts that report and go on, or `stop` if they fail."""
     declaration = prompt.rstrip().removesuffix("{").rstrip() + ";"
     body = _CANDIDATE.sub(r"rlsys::Remote<decltype(&\1)> candidate;", tests.strip().removeprefix("}"))
-    return f'{_INCLUDES}{_tagged_unions(declaration)}\n#include "call.hpp"\n{body}\n'
+    report = (
+        "#include <unistd.h>\n#undef assert\n"
+        f'static void rlsys_report(bool passed) {{ if (write(1, passed ? "{PASSED}" : "{REFUSED}", 1) != 1'
+        f"{' || !passed' if stop else ''}) _exit({FAILED}); }}\n"
+        "#define assert(...) rlsys_report(static_cast<bool>(__VA_ARGS__))\n"
+    )
+    return f'{_INCLUDES}{_tagged_unions(declaration)}\n#include "call.hpp"\n{report}{body}\n'
 
 
 def _tagged_unions(source: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -101,7 +100,7 @@ class Bench:
             return self._calls(source, problem, form, limits, rules)
         language = self.language(problem.language, problem)
         if isinstance(form, CppAsserts):
-            return self._cpp_calls(source, language, problem, form, limits)
+            return self._cpp_calls(source, language, problem, form, limits, rules)
         if isinstance(form, Subtasks):
             if form.files and not language.takes_files:
                 raise problem.error("grader_files", f"{problem.language} cannot be compiled together with other files")
@@ -178,9 +177,10 @@ class Bench:
             chosen: Sequence[Any] = _longest(form.cases, lambda case: len(repr(case[0])), rules.max_tests)
             tests |= {"cases": chosen, "function": form.function, "tolerant": problem.checker == "float"}
         else:
-            chosen = _longest(form.tests, len, rules.max_tests)
+            chosen = form.tests if form.indivisible else _longest(form.tests, len, rules.max_tests)
             tests |= {"setup": form.setup, "tests": chosen, "remote": form.remote}
-        limits = dataclasses.replace(limits, cpu_s=min(limits.cpu_s * len(chosen), rules.budget_s))
+        num_limits = 1 if isinstance(form, Asserts) and form.indivisible else len(chosen)
+        limits = dataclasses.replace(limits, cpu_s=min(limits.cpu_s * num_limits, rules.budget_s))
         verdicts, execution = judge_calls(self.sandbox.pool, candidate, tests, limits)
         judgement = Judgement(num_tests=len(chosen))
         judgement.note(execution)
@@ -188,23 +188,26 @@ class Bench:
             judgement.add(verdict, why, Execution(outcome="ok"))
         return judgement
 
-    def _cpp_calls(self, source: str, language: Language, problem: Problem, form: CppAsserts, limits: Limits) -> Judgement:
+    def _cpp_calls(self, source: str, language: Language, problem: Problem, form: CppAsserts, limits: Limits, rules: Rules) -> Judgement:
         try:
-            tests = language.prepare(cpp_asserts.tests_source(form.prompt, form.tests), self.sandbox, cpp_asserts.HEADER)
+            tests = language.prepare(cpp_asserts.tests_source(form.prompt, form.tests, rules.stop), self.sandbox, cpp_asserts.HEADER)
         except CompileError as error:
             raise problem.error("tests", f"do not compile: {first_error(error.execution.stderr)}") from None
         program = language.prepare(cpp_asserts.judged_source(form.prompt, source, form.function), self.sandbox, cpp_asserts.HEADER)
         execution, judging = run_joined(self.sandbox.pool, program, tests, limits)
-        judgement = Judgement(num_tests=1)
+        marks = judging.stdout.decode(errors="replace")
+        judgement = Judgement(num_tests=max(1, cpp_asserts.num_asserts(form.tests), len(marks) + (judging.outcome != "ok")))
+        judgement.note(execution)
+        for mark in marks:
+            passed = mark == cpp_asserts.PASSED
+            judgement.add("accepted" if passed else "wrong_answer", "" if passed else "an assert failed", Execution(outcome="ok"))
         if judging.outcome == "ok":
-            verdict, why = "accepted", ""
+            judgement.verdicts += ["accepted"] * (judgement.num_tests - len(marks))  # asserts that its main does not reach
         elif judging.exit_code == cpp_asserts.GONE:
             verdict = "runtime_error" if execution.outcome in ("ok", "runtime_error") else execution.outcome
-            why = last_line(execution.stderr) or "the program ended before it answered"
-        else:
-            verdict = "wrong_answer" if judging.exit_code == -signal.SIGABRT else judging.outcome
-            why = last_line(judging.stderr)
-        judgement.add(verdict, why, execution)
+            judgement.give_up(verdict, last_line(execution.stderr) or "the program ended before it answered")
+        elif judging.exit_code != cpp_asserts.FAILED or cpp_asserts.PASSED * len(marks) == marks:
+            judgement.give_up(judging.outcome, last_line(judging.stderr))
         return judgement
 
     def _interaction(self, program: Program, problem: Problem, form: Interaction, limits: Limits, rules: Rules) -> Judgement:

@@ -22,12 +22,13 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.rewards import Sample, Score
 from actors.rewards.math_text import are_other_integers, final_answer, has_think_block, is_words, key, readings, tidy
 from actors.rewards.math_workers import MathWorkers
-from protocol.errors import ConfigError, DataError
+from actors.rewards.options import parse_options
+from protocol.errors import DataError
 
 _MIB = 1 << 20
 _LONGEST_REFERENCE = 20_000
@@ -71,12 +72,7 @@ class MathAnswer:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises ConfigError for bad options."""
-        try:
-            self._options = Options(**options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "options"
-            raise ConfigError(f"reward math_answer, option {place!r}: {first['msg']}") from None
+        self._options = parse_options(Options, "math_answer", options)
         num_workers = self._options.workers or len(os.sched_getaffinity(0))
         self.workers = MathWorkers(num_workers, self._options.time_limit_s, self._options.memory_limit_bytes)
 

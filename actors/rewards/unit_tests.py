@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.rewards import Sample, Score
 from actors.rewards.fences import extract_program
 from actors.rewards.judging import Bench, Judgement, Rules, first_error
+from actors.rewards.options import parse_options
 from actors.rewards.problems import Problem, parse_problem
 from actors.sandbox import MIB, Limits
 from actors.sandbox.languages import CompileError
-from protocol.errors import ConfigError
 
 _PROBLEMS_KEPT = 64  # parsed; a reward actor works on a few groups at a time
 
@@ -59,12 +59,7 @@ class UnitTests:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises ConfigError for bad options and InfrastructureFault where no isolation can be had."""
-        try:
-            self._options = Options(**options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "options"
-            raise ConfigError(f"reward unit_tests, option {place!r}: {first['msg']}") from None
+        self._options = parse_options(Options, "unit_tests", options)
         self._bench = Bench(self._options.cells)
         self.sandbox = self._bench.sandbox
         self._problems: dict[str, tuple[Mapping[str, Any], Problem]] = {}

@@ -66,7 +66,7 @@ class Server:
                 return
             try:
                 reply = self._answer(request)
-            except Exception as error:
+            except Exception as error:  # judged code may raise anything; the other side makes a verdict of the reply
                 reply = {"error": type(error).__name__, "message": str(error)[:300]}
             self._channel.send(reply)
 

@@ -207,3 +207,58 @@ def test_the_last_block_of_the_language_is_the_program(text: str, fence: Any, pr
 def test_no_program_is_unparseable(reward: UnitTests) -> None:
     result = score(reward, "I give up.")
     assert (result.value, result.status, result.passed) == (0.0, "unparseable", False)
+
+
+THREE = "assert candidate(0) == 0\n    assert candidate(2) == 4\n    assert candidate(3) == 6\n"
+HUMANEVAL = {
+    "task_id": "Demo/0",
+    "prompt": "def double(n):\n    'Twice n.'\n",
+    "entry_point": "double",
+    "test": f"def check(candidate):\n    assert True, 'simple'\n    {THREE}",
+}
+LEETCODE = {"task_id": "Demo/1", "tests": {"functional": f"def check(candidate):\n    {THREE}\n\ncheck(Solution().double)"}}
+LOOPS = {**HUMANEVAL, "task_id": "Demo/2", "test": "def check(candidate):\n    for n in (0, 2, 3):\n        assert candidate(n) == 2 * n\n"}
+CPP = {
+    "task_id": "Demo/3",
+    "language": "cpp",
+    "prompt": "#include <cassert>\nlong twice(long n) {\n",
+    "tests": "}\nint main() {\n    auto candidate = twice;\n"
+    + "".join(f"    assert(candidate(({n})) == ({2 * n}));\n" for n in (0, 2, 3))
+    + "}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def soft() -> Iterator[UnitTests]:
+    reward = UnitTests({"cells": 2, "score": "soft"})
+    try:
+        yield reward
+    finally:
+        reward.close()
+
+
+@pytest.mark.parametrize(
+    ("problem", "source", "value", "status"),
+    [
+        (HUMANEVAL, "def double(n): return 2 * n", 1, "accepted"),
+        (HUMANEVAL, "def double(n): return n * n", 2 / 3, "wrong_answer"),
+        (HUMANEVAL, "def double(n): return None", 0, "wrong_answer"),
+        (HUMANEVAL, "def double(n): return 2 * n if n < 3 else 1 / 0", 2 / 3, "runtime_error"),
+        (LEETCODE, "class Solution:\n    def double(self, n): return n * n", 2 / 3, "wrong_answer"),
+        (LEETCODE, "class Solution:\n    def __init__(self): 1 / 0", 0, "runtime_error"),
+        (LOOPS, "def double(n): return n * n", 0, "wrong_answer"),
+        (CPP, "long twice(long n) { return n < 3 ? n * n : *(volatile long*)nullptr; }", 2 / 3, "runtime_error"),
+        pytest.param(CPP, "long twice(long n) { return n + n; }", 1, "accepted", marks=pytest.mark.slow),
+        pytest.param(CPP, "long twice(long n) { return n * n; }", 2 / 3, "wrong_answer", marks=pytest.mark.slow),
+        pytest.param(CPP, "#include <cstdlib>\nlong twice(long n) { std::exit(0); }", 0, "runtime_error", marks=pytest.mark.slow),
+    ],
+)
+def test_soft_gives_the_share_of_the_asserts(
+    reward: UnitTests, soft: UnitTests, problem: dict[str, Any], source: str, value: float, status: str
+) -> None:
+    program = fenced(source, str(problem.get("language", "python")))
+    shared = score(soft, program, problem)
+    assert (shared.value, shared.status) == (pytest.approx(value), status), shared
+    if problem is not CPP:  # the same source compiled twice more
+        all_or_nothing = score(reward, program, problem)
+        assert (all_or_nothing.value, all_or_nothing.status) == (float(value == 1), status), all_or_nothing

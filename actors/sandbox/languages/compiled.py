@@ -17,6 +17,7 @@ from actors.sandbox.runner import Sandbox
 
 LIMITS = Limits(cpu_s=30, wall_s=60, memory_bytes=2048 * MIB, output_bytes=64 * MIB)
 """Of one compilation; templates that never end reach them and are a compile error."""
+_NEAR = 0.9  # the kernel counts a limit in ticks, and usage exactly
 _CACHE_BYTES = 256 * MIB
 
 
@@ -81,5 +82,8 @@ class Compiler:
 
 def _explain(execution: Execution) -> Execution:
     """The compiler's run with outcome compile_error; a limit that it reached stands in stderr."""
-    reason = b"" if execution.outcome in ("ok", "runtime_error") else b"\nthe compiler reached its " + execution.outcome.encode()
+    outcome = execution.outcome
+    if outcome == "runtime_error" and execution.cpu_s > _NEAR * LIMITS.cpu_s:  # its driver survives the part that was killed
+        outcome = "time_limit"
+    reason = b"" if outcome in ("ok", "runtime_error") else b"\nthe compiler reached its " + outcome.encode()
     return dataclasses.replace(execution, outcome="compile_error", stderr=execution.stderr + reason)

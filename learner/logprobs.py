@@ -4,7 +4,7 @@ With z = hidden W^T / temperature and p = softmax(z):
     log-prob = z[target] - logsumexp(z)          d log-prob / dz = onehot(target) - p
     entropy = logsumexp(z) - sum p z             d entropy / dz = -p (log p + entropy)
 The naive way is autograd over all of z, which holds about four tensors [tokens, vocabulary] in float32. The chunked way holds one in the dtype
-of the products, works through it in pieces that stay in the cache, and is the faster one from a vocabulary of about a thousand on. Where even
+of the products, works through it in pieces that stay in the cache, and is the faster one from a vocabulary of a few hundred on. Where even
 that one is too large, z is computed a piece at a time and again in the backward pass: memory for one piece, one product in four more.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-NAIVE_VOCABULARY = 1024
-"""Largest vocabulary for which the naive way is taken: it was the faster one up to about here (`benchmarks/logprob.py`)."""
+NAIVE_VOCABULARY = 256
+"""Largest vocabulary for which the naive way is taken, that of bytes: beyond it was never the faster one (`benchmarks/logprob.py`)."""
 
 KEPT_BYTES = 2**28
 """Logits of a micro-batch up to this size are kept for the backward pass, in the dtype of the products; beyond it they are computed again."""

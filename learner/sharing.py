@@ -1,8 +1,9 @@
 """The shared layout: the samples of a group share one pass over their prompt, and nothing is padded outside attention.
 
-A micro-batch is one row of N tokens: every prompt once, then every completion. Linear layers see these N tokens. Attention runs over
-blocks of padded queries and keys that are gathered from the row: one block of prompts, and blocks of completions of about one length, whose
-keys are their prompt's and their own. Gradients through a shared prompt add up, so the result is that of separate rows.
+A micro-batch is one row of N tokens: every shared prompt once, then every sample without it. Linear layers see these N tokens. Attention
+runs over blocks of padded queries and keys that are gathered from the row: the next QUERIES tokens of several samples of about one length,
+whose keys are their prompt's and their own so far. Gradients through a shared prompt add up, so the result is that of separate rows.
+With `share` off every sample keeps its prompt: that is layout `packed` on a CPU, where no [tokens, tokens] mask is needed.
 
 A group of 8 with prompts and completions of about one length costs 9/16 of the tokens of separate rows. Blocks hold [queries, keys] in full,
 which is meant for short samples: see `SHARED_LONGEST`.
@@ -23,17 +24,23 @@ Units = list[list[int]]
 SHARED_LONGEST = 1024
 """Longest sample in tokens for which layout `auto` shares prompts on a CPU. Measured up to 400 only, where it is well ahead."""
 
-BLOCK_SCORES = 2**18
+QUERIES = 64
+"""Queries of a sample in one block: the next ones stand in another block, so that about half of what is after them is never computed."""
+
+BLOCK_SCORES = 2**17
 """Products of queries and keys in one attention block, for each head: few enough for the cache and for rows of about one length."""
 
 
-def plan_shared(samples: Sequence[TrainSample], useful: Sequence[int], budget: int, ranks: int, rank: int) -> list[Units]:
+def plan_shared(
+    samples: Sequence[TrainSample], useful: Sequence[int], budget: int, ranks: int, rank: int, *, share: bool = True
+) -> list[Units]:
     """This rank's micro-batches of at most `budget` tokens (or one unit, if that is longer). Every rank's share is about the same.
 
-    A group is cut in parts where it would be more than a quarter of a rank's share, so that ranks can be balanced.
+    A group is cut in parts where it would be more than a quarter of a rank's share, so that ranks can be balanced. Without `share`
+    every sample is a unit of its own.
     """
     total = sum(len(samples[i].prompt_ids) + samples[i].length for i in useful)
-    units = _units(samples, useful, limit=min(budget, -(-total // (4 * ranks))))
+    units = _units(samples, useful, limit=min(budget, -(-total // (4 * ranks)))) if share else [[i] for i in useful]
     costs = [_cost(samples, unit) for unit in units]
     mine = sorted(assign(costs, ranks)[rank], key=lambda u: (-max(samples[i].length for i in units[u]), u))
     batches: list[Units] = []
@@ -72,26 +79,32 @@ def build_shared(weighted: Weighted, units: Units) -> MicroBatch:
     places = [i for unit in units for i in unit]
     flat = [samples[i] for i in places]
     unit_of = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
-    prompts = [samples[unit[0]].prompt_ids for unit in units]
+    prompts = [samples[unit[0]].prompt_ids[: None if len(unit) > 1 else 0] for unit in units]
     prompt_lengths = np.array([len(p) for p in prompts])
-    own_lengths = np.array([s.length - len(s.prompt_ids) for s in flat])
+    shared_lengths = prompt_lengths[unit_of]
+    own_lengths = np.array([s.length for s in flat]) - shared_lengths
     starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_lengths, own_lengths]))])
     prompt_starts, own_starts = starts[: len(units)], starts[len(units) : -1]
 
-    own_inputs = [s.token_ids[:n] for s, n in zip(flat, own_lengths, strict=True)]
-    positions = [np.arange(n) for n in prompt_lengths]
-    positions += [np.arange(n) + len(s.prompt_ids) for s, n in zip(flat, own_lengths, strict=True)]
-    hidden = []
-    for s, u, start in zip(flat, unit_of, own_starts, strict=True):
-        trained = np.flatnonzero(s.loss_mask)
-        hidden.append(np.where(trained == 0, prompt_starts[u] + len(s.prompt_ids) - 1, start + trained - 1))
+    inputs, positions, hidden = list(prompts), [np.arange(n) for n in prompt_lengths], []
+    for s, u, skip, start in zip(flat, unit_of, shared_lengths, own_starts, strict=True):
+        inputs.append(np.concatenate([s.prompt_ids, s.token_ids])[skip : s.length])
+        positions.append(np.arange(skip, s.length))
+        predicting = np.flatnonzero(s.loss_mask) + len(s.prompt_ids) - 1
+        hidden.append(predicting + np.where(predicting < skip, prompt_starts[u], start - skip))
 
-    blocks = [_prompt_block(prompt_starts[rows], prompt_lengths[rows]) for rows in _rows(prompt_lengths, prompt_lengths)]
-    for rows in _rows(own_lengths, own_lengths + prompt_lengths[unit_of]):
-        of = unit_of[rows]
-        blocks.append(_completion_block(prompt_starts[of], prompt_lengths[of], own_starts[rows], own_lengths[rows]))
+    alone = shared_lengths == 0
+    nothing = np.zeros(len(units) + int(alone.sum()), np.int64)
+    blocks = _blocks(
+        nothing,
+        nothing,
+        np.concatenate([prompt_starts, own_starts[alone]]),
+        np.concatenate([prompt_lengths, own_lengths[alone]]),
+    )
+    of = unit_of[~alone]
+    blocks += _blocks(prompt_starts[of], prompt_lengths[of], own_starts[~alone], own_lengths[~alone])
     return MicroBatch(
-        input_ids=np.concatenate([*prompts, *own_inputs]).astype(np.int64)[None],
+        input_ids=np.concatenate(inputs).astype(np.int64)[None],
         position_ids=np.concatenate(positions).astype(np.int64)[None],
         hidden_T=np.concatenate(hidden),
         blocks=tuple(blocks),
@@ -99,45 +112,41 @@ def build_shared(weighted: Weighted, units: Units) -> MicroBatch:
     )
 
 
-def _rows(queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Rows of each block: those with queries, the longest first, until a block holds BLOCK_SCORES."""
-    order = [int(i) for i in np.argsort(-queries, kind="stable") if queries[i]]
+Places = npt.NDArray[np.int64]
+
+
+def _blocks(before_starts: Places, before_lengths: Places, starts: Places, lengths: Places) -> list[Block]:
+    """Attention of sequences [start, start + length) that also see all of [before start, before start + before length)."""
     blocks = []
-    while order:
-        count = max(1, BLOCK_SCORES // int(queries[order[0]] * keys.max()))
-        blocks.append(np.array(order[:count]))
-        order = order[count:]
+    for first in range(0, int(lengths.max(initial=0)), QUERIES):
+        until = np.minimum(lengths, first + QUERIES)
+        order = np.argsort(-lengths, kind="stable")
+        order = order[lengths[order] > first]
+        while len(order):
+            width = int(until[order[0]])
+            count = max(1, BLOCK_SCORES // ((width - first) * (width + int(before_lengths[order].max()))))
+            rows, order = order[:count], order[count:]
+            blocks.append(_block(before_starts[rows], before_lengths[rows], starts[rows], until[rows], first))
     return blocks
 
 
-def _prompt_block(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Block:
-    tokens, real = _padded(starts, lengths)
-    width = tokens.shape[1]
-    causal = np.tril(np.ones((width, width), np.bool_))
-    return Block(queries=tokens, real=real, keys=tokens, visible=np.broadcast_to(causal, (len(starts), width, width)))
-
-
-def _completion_block(
-    prompt_starts: npt.NDArray[np.int64],
-    prompt_lengths: npt.NDArray[np.int64],
-    own_starts: npt.NDArray[np.int64],
-    own_lengths: npt.NDArray[np.int64],
-) -> Block:
-    prompt, prompt_real = _padded(prompt_starts, prompt_lengths)
-    own, real = _padded(own_starts, own_lengths)
-    width = own.shape[1]
-    causal = np.tril(np.ones((width, width), np.bool_))
+def _block(before_starts: Places, before_lengths: Places, starts: Places, until: Places, first: int) -> Block:
+    """Queries are the places from `first` to `until` of each sequence, keys those before it and its own up to `until`."""
+    before, before_real = _padded(before_starts, before_lengths)
+    own, _ = _padded(starts, until)
+    queries, real = _padded(starts + first, until - first)
+    causal = np.arange(own.shape[1]) <= first + np.arange(queries.shape[1])[:, None]
     visible = np.concatenate(
         [
-            np.broadcast_to(prompt_real[:, None, :], (len(own), width, prompt.shape[1])),
-            np.broadcast_to(causal, (len(own), width, width)),
+            np.broadcast_to(before_real[:, None, :], (len(starts), queries.shape[1], before.shape[1])),
+            np.broadcast_to(causal, (len(starts), *causal.shape)),
         ],
         axis=2,
     )
-    return Block(queries=own, real=real, keys=np.concatenate([prompt, own], axis=1), visible=visible)
+    return Block(queries=queries, real=real, keys=np.concatenate([before, own], axis=1), visible=visible)
 
 
-def _padded(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def _padded(starts: Places, lengths: Places) -> tuple[Places, npt.NDArray[np.bool_]]:
     """Places start..start+length-1 in rows of one width, padded with place 0; and which are real."""
     columns = np.arange(lengths.max())
     real = columns < lengths[:, None]

@@ -199,11 +199,11 @@ class Step:
         samples, budget = weighted.samples, self.settings.tokens_per_microbatch
         lengths = [samples[i].length for i in useful]
         layout = self.settings.layout
+        blocks = self.model.device.type == "cpu" and self.model.shares_prompts and max(lengths) <= SHARED_LONGEST
         if layout == "auto":
-            share = self.model.device.type == "cpu" and self.model.shares_prompts and max(lengths) <= SHARED_LONGEST
-            layout = "shared" if share else emptiest(lengths, budget)
-        if layout == "shared":
-            parts = plan_shared(samples, useful, budget, self.group.size, self.group.rank)
+            layout = "shared" if blocks else emptiest(lengths, budget)
+        if layout == "shared" or (layout == "packed" and blocks):
+            parts = plan_shared(samples, useful, budget, self.group.size, self.group.rank, share=layout == "shared")
             return [_Work(build_shared(weighted, units)) for units in parts]
         mine = [useful[place] for place in assign(lengths, self.group.size)[self.group.rank]]
         plans = plan([samples[i].length for i in mine], budget, layout)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from learner.attention import BlockPlan, attend
 from learner.model import CausalModel
 from learner.packing import build, weigh
-from learner.sharing import build_shared, plan_shared
+from learner.sharing import QUERIES, build_shared, plan_shared
 from tests.learner.conftest import save_model
 from tests.learner.samples import random_samples
 
@@ -44,14 +44,17 @@ def test_a_prompt_is_computed_once_for_its_group() -> None:
     assert build_shared(weigh(samples, "token_mean"), whole).input_ids.size == prompts + inputs
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-def test_log_probs_equal_one_by_one(tmp_path: Path, heads: tuple[int, int]) -> None:
+def test_log_probs_equal_one_by_one(tmp_path: Path, heads: tuple[int, int], share: bool) -> None:
+    """Samples up to three times as long as one block has queries, prompts of one token, single-token completions."""
     directory = save_model(tmp_path, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     model = CausalModel(directory, device=torch.device("cpu"), dtype="float64")
-    samples = [s for s in random_samples(40, longest=60) if s.num_trainable]
+    samples = [s for s in random_samples(40, longest=3 * QUERIES) if s.num_trainable]
+    assert max(s.length for s in samples) > 2 * QUERIES
     weighted = weigh(samples, "token_mean")
     with torch.no_grad():
-        for units in plan_shared(samples, range(len(samples)), 400, 1, 0):
+        for units in plan_shared(samples, range(len(samples)), 1200, 1, 0, share=share):
             batch = build_shared(weighted, units)
             found, entropies = model.token_logprobs(batch)
             for i, place in enumerate(batch.samples):

@@ -45,6 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     why.add_argument("run", type=Path, metavar="RUN", help="run directory")
     why.add_argument("--json", action="store_true", help="for machines")
 
+    timeline = _command(commands, "timeline", _timeline, "one trace and one self-contained HTML report of a run, also while it is on")
+    timeline.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    timeline.add_argument("--out", type=Path, metavar="DIR", help="where trace.json and report.html go (default: the run directory)")
+    timeline.add_argument("--json", action="store_true", help="print where they are, and the seconds of each process, as one JSON object")
+
     down = _command(commands, "down", _down, "end a run in order; no process is left")
     down.add_argument("run", type=Path, metavar="RUN", help="run directory")
     down.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
@@ -174,6 +179,12 @@ def _why(options: argparse.Namespace) -> int:
     from rlsys.why import why
 
     return why(options.run, as_json=options.json)
+
+
+def _timeline(options: argparse.Namespace) -> int:
+    from rlsys.timeline import timeline
+
+    return timeline(options.run, options.out, as_json=options.json)
 
 
 def _down(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.allotment import Allotment
 from actors.dataset import Order, Problem, read_problems
 from actors.pacing import Pacer, PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
@@ -148,6 +149,11 @@ class Dispatcher:
             sampling.temperature,
             sampling.top_p,
         )
+
+    @property
+    def room(self) -> int:
+        """How many groups may be issued now."""
+        return len(self._eval_queue) or self.pacer.room
 
     def issue(self, task: GroupTask) -> None:
         """`task` was sent to a generator."""
@@ -276,7 +282,7 @@ class DispatcherProcess:
         self._outcomes = node.serve("outcomes")
         self._weights = node.join("weights", on_link=self._greet)
         self._credits = Outgoing()
-        self._loaded: dict[str, int] = {}
+        self._allotment = Allotment()
         self._given: dict[int, str] = {}
         """Group -> the generator that has it, until the group ends."""
         self._dispatcher = Dispatcher(job)
@@ -324,6 +330,7 @@ class DispatcherProcess:
 
     def _on_news(self, message: Message) -> None:
         if isinstance(message, WeightsReady):
+            self._allotment.published(message.number, time.monotonic())
             self._dispatcher.on_version(message.number, message.groups_taken)
         elif isinstance(message, GroupOutcome):
             self._given.pop(message.group_id, None)
@@ -334,20 +341,21 @@ class DispatcherProcess:
     def _on_generator(self, peer: str, message: Message) -> None:
         if isinstance(message, Hello):
             self._credits.add_peer(peer)
-            self._loaded[peer] = message.loaded[0]
+            self._allotment.loaded(peer, message.loaded[0], time.monotonic())
         elif isinstance(message, Credit):
             self._credits.granted(peer, message.total)
-            self._loaded[peer] = message.loaded[0]
+            self._allotment.loaded(peer, message.loaded[0], time.monotonic())
 
     def _issue(self) -> None:
         issues: list[Issue] = []
+        deal = self._allotment.deal(self._dispatcher.room, time.monotonic())
         while (task := self._dispatcher.next_task()) is not None:
-            able = [peer for peer in self._credits.peers if self._credits.left(peer) > 0 and self._loaded[peer] >= task.min_version]
-            if not able:
+            peer = deal.pick(self._credits.left, task.min_version)
+            if peer is None:
                 break
-            peer = max(able, key=self._credits.left)
             if not self._tasks.send(peer, task):
                 self._credits.drop_peer(peer)
+                self._allotment.drop(peer)
                 continue
             self._credits.sent(peer)
             self._dispatcher.issue(task)

@@ -84,6 +84,11 @@ class Pacer:
         return self.rule.latest_iteration(self.published, self.waiting)
 
     @property
+    def room(self) -> int:
+        """How many groups may be issued now."""
+        return max(0, self.rule.room(self.published) - self.waiting) if 0 <= self.published < self.rule.iterations else 0
+
+    @property
     def all_issued(self) -> bool:
         """Whether nothing is left to issue unless a group is given up."""
         rule = self.rule

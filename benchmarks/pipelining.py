@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.settings import ScheduleSettings
 from protocol.errors import ConfigError, UserError
 from rlsys.config import RunConfig
 from rlsys.planning.figures import Figures, read_figures
@@ -49,9 +50,11 @@ COLOCATED = "colocated"
 SCHEDULES: dict[str, dict[str, Any]] = {
     COLOCATED: {"name": "synchronous"},
     "synchronous": {"name": "synchronous"},
+    "minibatch": {"name": "minibatch"},
     "one_off": {"name": "one_off"},
+    "bounded": {"name": "bounded"},
 }
-BOUND = {COLOCATED: 0, "synchronous": 0, "one_off": 1}
+"""Name in the table -> settings of the schedule; all else is the default (bounded: S = 2)."""
 ITERATIONS = 10
 SLOTS = (32, 64, 128, 256)
 TOKENS = 10
@@ -78,6 +81,11 @@ class Setting:
     def key(self) -> str:
         """What makes it the same run."""
         return f"{self.profile}/{self.schedule}/{self.generators:g}+{self.trainers:g}/{self.slots}/{self.iterations}"
+
+
+def settings(schedule: str) -> ScheduleSettings:
+    """The schedule as it is configured."""
+    return ScheduleSettings.model_validate(SCHEDULES[schedule])
 
 
 def in_units(figures: Figures, unit: int) -> Figures:
@@ -110,7 +118,7 @@ def model(figures: Figures, schedule: str, split: Split, iterations: int) -> Out
     """The simulation by events of one schedule."""
     if schedule == COLOCATED:
         return simulate_colocated(figures, iterations=iterations)
-    return simulate(figures, split, max_staleness=BOUND[schedule], iterations=iterations)
+    return simulate(figures, split, settings(schedule), iterations=iterations)
 
 
 def splits(figures: Figures, schedule: str, *, shared: bool) -> list[Split]:
@@ -129,7 +137,7 @@ def choose(figures: Figures, schedule: str, *, shared: bool = False, iterations:
     best: tuple[float, Split, int] | None = None
     candidates = splits(figures, schedule, shared=shared)
     if schedule != COLOCATED:
-        candidates = sorted(candidates, key=lambda s: schedule_limit(figures, load, s, BOUND[schedule]).seconds)[:4]
+        candidates = sorted(candidates, key=lambda s: schedule_limit(figures, load, s, settings(schedule).bound).seconds)[:4]
     for split in candidates:
         for slots in SLOTS:
             found = model(with_slots(figures, slots), schedule, split, iterations).s_per_iteration
@@ -224,7 +232,7 @@ def measure(figures: Figures, setting: Setting, *, keep: Path | None = None) -> 
         if ending.outcome != "done":
             raise ConfigError(f"{setting.key}: the run {ending.outcome}: {ending.reason}")
         records = read_iterations(run_dir.path)
-        first, last = steady(setting.iterations, BOUND[setting.schedule])
+        first, last = steady(setting.iterations, settings(setting.schedule).bound)
         ends = [0.0, *(record["time_s"] for record in records)]
         summary = summarise(run_dir.path)
         return {
@@ -247,7 +255,7 @@ def measure(figures: Figures, setting: Setting, *, keep: Path | None = None) -> 
 
 def report(figures: Figures, setting: Setting, measured: dict[str, Any]) -> dict[str, Any]:
     """The measured run beside its limits, from the lengths that its own iterations drew."""
-    bound = BOUND[setting.schedule]
+    bound = settings(setting.schedule).bound
     first, last = steady(setting.iterations, bound)
     load = drawn_load(figures, 0, first, last)
     if setting.schedule == COLOCATED:

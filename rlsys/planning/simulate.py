@@ -1,10 +1,10 @@
 """A run by events: the pacing rule of the dispatcher and the device model of the simulated engine, without processes and without waiting.
 
-    Pacer --group--> FluidDevice x n --sample--> sandboxes --group--> learner --version--> Pacer
+    Pacer --group--> FluidDevice x n --sample--> sandboxes --group--> Line --batch--> learner --version--> Pacer
 
-`Pacer` and `FluidDevice` are the objects that the dispatcher and the simulated engine use; the rest (credits, batches) follows the same
-rules in a few lines. Messages take no time besides `figures.dispatch_s`. Lengths are those of the run's own seeds, so that a simulated run
-of real processes and this one draw the same.
+`Pacer`, `FluidDevice` and `Line` are the objects that the dispatcher, the simulated engine and the batcher decide with. Messages take no time
+besides `figures.dispatch_s`. Lengths are those of the run's own seeds, so that a run of real processes with simulated parts and this one draw
+the same. What is sampled of a group that was given up is sampled to its end, as generators do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from actors.dispatcher import sample_seed
 from actors.engines.fluid import FluidDevice
 from actors.engines.lengths import Lengths
 from actors.pacing import Pacer, PacingRule
+from actors.settings import ScheduleSettings
+from learner.line import BatchRule, Choice, Line
 from rlsys.planning.figures import Figures
 from rlsys.planning.limits import Split
 
@@ -38,6 +40,8 @@ class Outcome:
     """(start, end, "train" | "publish" | "waiting:samples" | "waiting:rewards")."""
     tokens: float
     staleness_max: int
+    dropped: int
+    """Groups that ended without a place in a batch: late, or without a token that is new enough."""
     capacity: float
     """Tokens per second of all generators together."""
 
@@ -90,20 +94,14 @@ def shares(intervals: Sequence[Interval], start: float, end: float, rest: str = 
 
 
 @dataclass(slots=True)
-class _Batch:
-    """Iteration k as the learner sees it."""
-
-    complete: int = 0
-    tokens: float = 0.0
-    sampled_s: float = 0.0
-    """When its last sample ended."""
-
-
-@dataclass(slots=True)
 class _Group:
-    iteration: int
+    started: int
+    """The version that its generator had."""
     left: int
     tokens: float = 0.0
+    sampled_s: float = 0.0
+    """When its last sample ended, and the version then."""
+    ended: int = 0
 
 
 @dataclass(slots=True)
@@ -118,14 +116,12 @@ class Simulation:
     """One run. `run` returns when the last version is out."""
 
     def __init__(
-        self, figures: Figures, split: Split, *, max_staleness: int, iterations: int, seed: int = 0, extra_step_s: float = 0.0
+        self, figures: Figures, split: Split, schedule: ScheduleSettings, *, iterations: int, seed: int = 0, extra_step_s: float = 0.0
     ) -> None:
-        self._figures, self._split = figures, split
-        self._max_staleness, self._iterations, self._seed = max_staleness, iterations, seed
-        self._extra_step_s = extra_step_s
-        self._pacer = Pacer(
-            PacingRule(iterations=iterations, groups_per_iteration=figures.groups_per_iteration, max_staleness=max_staleness)
-        )
+        self._figures, self._split, self._schedule = figures, split, schedule
+        self._iterations, self._seed, self._extra_step_s = iterations, seed, extra_step_s
+        pacing, batching = rules(schedule, iterations, figures.groups_per_iteration)
+        self._pacer, self._line = Pacer(pacing), Line(batching)
         self._lengths = Lengths(figures.lengths)
         sampling = figures.sampling
         device_shares = [1.0] * math.floor(split.generators + 1e-9)
@@ -150,9 +146,11 @@ class Simulation:
         self._loaded = -1
         self._next_group = 0
         self._groups: dict[int, _Group] = {}
-        self._batches: dict[int, _Batch] = {}
+        self._ready: dict[int, _Group] = {}
+        self._given_up: set[int] = set()
+        self._groups_taken = 0
         self._credits: list[tuple[int, int]] = []
-        self._training = -1
+        self._training = self._last_part = False
         self._learner_free_s = 0.0
         self._learner: list[Interval] = []
         self._published: list[float] = []
@@ -179,20 +177,18 @@ class Simulation:
             elif kind == "group":
                 self._group_scored(what)
             elif kind == "trained":
-                self._learner_free_s = self._now
-                self._at(self._now + self._figures.training.publish_s, "version", what + 1)
-                if self._figures.training.publish_s:
-                    self._learner.append((self._now, self._now + self._figures.training.publish_s, "publish"))
+                self._trained()
         for generator in self._generators:
             if generator.busy_since is not None:
                 generator.intervals.append((generator.busy_since, self._now, "sampling"))
         return Outcome(
             published=self._published,
-            max_staleness=self._max_staleness,
+            max_staleness=self._schedule.bound,
             generators=[generator.intervals for generator in self._generators],
             learner=self._learner,
             tokens=self._tokens,
             staleness_max=self._staleness_max,
+            dropped=len(self._given_up),
             capacity=sum(generator.device.total_rate for generator in self._generators),
         )
 
@@ -220,18 +216,17 @@ class Simulation:
             if not self._credits:
                 break
             _, index = heapq.heappop(self._credits)
-            self._issue(index, iteration)
+            self._issue(index)
             touched.add(index)
             self._offer(index)
         for index in touched:
             self._watch(index)
 
-    def _issue(self, index: int, iteration: int) -> None:
+    def _issue(self, index: int) -> None:
         group_id, figures = self._next_group, self._figures
         self._next_group += 1
         self._pacer.issue()
-        self._groups[group_id] = _Group(iteration, figures.group_size)
-        self._staleness_max = max(self._staleness_max, iteration - self._loaded)
+        self._groups[group_id] = _Group(self._loaded, figures.group_size)
         generator = self._generators[index]
         self._move(index)
         for i in range(figures.group_size):
@@ -270,43 +265,82 @@ class Simulation:
             heapq.heapreplace(self._sandboxes, done)
         group = self._groups[group_id]
         group.left -= 1
-        batch = self._batches.setdefault(group.iteration, _Batch())
-        batch.sampled_s = max(batch.sampled_s, at)
         if not group.left:
+            group.sampled_s, group.ended = at, self._loaded
             self._at(max(done, self._now), "group", group_id)
 
     def _group_scored(self, group_id: int) -> None:
         group = self._groups.pop(group_id)
-        batch = self._batches[group.iteration]
-        batch.complete += 1
-        batch.tokens += group.tokens
-        self._train()
+        if group_id not in self._given_up:
+            self._ready[group_id] = group
+            self._settle()
+            self._train()
+
+    def _settle(self) -> None:
+        """Ready groups that no batch may take any more end here: too old as a whole (mask), or in a part (otherwise)."""
+        oldest = self._line.iteration - self._schedule.bound
+        for number in [n for n, g in self._ready.items() if (g.ended if self._schedule.stragglers == "mask" else g.started) < oldest]:
+            del self._ready[number]
+            self._give_up(number)
+
+    def _give_up(self, group_id: int) -> None:
+        self._line.leave(group_id)
+        self._given_up.add(group_id)
+        self._pacer.give_up()
 
     def _train(self) -> None:
-        """Begin the next iteration if its batch is complete and the learner is free."""
-        k, figures = len(self._published) - 1, self._figures
-        batch = self._batches.get(k)
-        if k < 0 or self._training >= k or batch is None or batch.complete < figures.groups_per_iteration or k >= self._iterations:
+        """Begin the next part of the open iteration if its batch can close and the learner is free."""
+        line, figures = self._line, self._figures
+        if self._training or line.finished or len(self._published) <= line.iteration or not self._ready:
             return
-        self._training = k
+        choice = line.choice(self._ready)
+        if line.lacks(choice):
+            return
+        iteration, last = line.iteration, line.last_part
+        groups = [self._ready.pop(number) for number in choice.taken]
+        if last and self._schedule.stragglers == "drop":
+            self._drop(choice)
+        line.close(choice)
+        self._training, self._last_part = True, last
+        self._groups_taken += len(groups)
+        sampled_s = max((g.sampled_s for g in groups), default=0.0)
         waited = self._learner_free_s
-        if batch.sampled_s > waited:
-            self._learner.append((waited, min(batch.sampled_s, self._now), "waiting:samples"))
-            waited = min(batch.sampled_s, self._now)
+        if sampled_s > waited:
+            self._learner.append((waited, min(sampled_s, self._now), "waiting:samples"))
+            waited = min(sampled_s, self._now)
         if self._now > waited:
             self._learner.append((waited, self._now, "waiting:rewards"))
-        training = figures.training
-        tokens = training.trained_share * (batch.tokens + figures.samples * figures.prompt_tokens)
-        seconds = figures.dispatch_s + self._extra_step_s + training.fixed_s + tokens / (training.tokens_per_s * self._split.trainers)
+        started = [g.started for g in groups if g.started >= iteration - self._schedule.bound]
+        self._staleness_max = max([self._staleness_max, *(iteration - version for version in started)])
+        training, tokens = figures.training, sum(g.tokens for g in groups)
+        trained = training.trained_share * (tokens + len(groups) * figures.group_size * figures.prompt_tokens)
+        seconds = figures.dispatch_s + self._extra_step_s + training.fixed_s + trained / (training.tokens_per_s * self._split.trainers)
         self._learner.append((self._now, self._now + seconds, "train"))
-        self._tokens += batch.tokens
-        self._at(self._now + seconds, "trained", k)
-        del self._batches[k]
+        self._tokens += tokens
+        self._at(self._now + seconds, "trained", 0)
+
+    def _drop(self, choice: Choice) -> None:
+        """The stragglers of this batch end; the youngest of those that were passed by are the over-issue."""
+        late = [number for number in choice.passed if number < self._next_group]
+        for number in late[: len(late) - self._schedule.over_issue] if self._schedule.over_issue else late:
+            self._give_up(number)
+
+    def _trained(self) -> None:
+        self._training, self._learner_free_s = False, self._now
+        if not self._last_part:
+            self._train()
+            return
+        publish_s = self._figures.training.publish_s
+        self._training = True
+        self._at(self._now + publish_s, "version", len(self._published))
+        if publish_s:
+            self._learner.append((self._now, self._now + publish_s, "publish"))
 
     def _version(self, number: int) -> None:
         self._published.append(self._now)
-        self._learner_free_s = self._now
-        self._pacer.publish(number, number * self._figures.groups_per_iteration)
+        self._training, self._learner_free_s = False, self._now
+        self._settle()
+        self._pacer.publish(number, self._groups_taken)
         update = self._figures.sampling.update_s
         if update and number:
             for index, generator in enumerate(self._generators):
@@ -321,13 +355,35 @@ class Simulation:
         self._train()
 
 
-def simulate(figures: Figures, split: Split, *, max_staleness: int, iterations: int, seed: int = 0) -> Outcome:
+def rules(schedule: ScheduleSettings, iterations: int, groups: int) -> tuple[PacingRule, BatchRule]:
+    """What the dispatcher issues by and the learner closes batches by, without refill."""
+    pacing = PacingRule(
+        iterations=iterations,
+        groups_per_iteration=groups,
+        max_staleness=schedule.bound,
+        reorder=schedule.reorder_of(groups),
+        over_issue=schedule.over_issue,
+    )
+    batching = BatchRule(
+        iterations=iterations,
+        groups_per_iteration=groups,
+        max_staleness=schedule.bound,
+        stragglers=schedule.stragglers,
+        may_lag=schedule.may_lag(groups),
+        over_issue=schedule.over_issue,
+        reorder=schedule.reorder_of(groups),
+        parts=schedule.parts,
+    )
+    return pacing, batching
+
+
+def simulate(figures: Figures, split: Split, schedule: ScheduleSettings, *, iterations: int, seed: int = 0) -> Outcome:
     """A run on two fleets."""
-    return Simulation(figures, split, max_staleness=max_staleness, iterations=iterations, seed=seed).run()
+    return Simulation(figures, split, schedule, iterations=iterations, seed=seed).run()
 
 
 def simulate_colocated(figures: Figures, *, iterations: int, seed: int = 0, devices: int | None = None) -> Outcome:
     """The synchronous schedule on shared devices: all sample, rewards beside it, all train; they change roles twice an iteration."""
     count = devices or figures.devices
-    split = Split(generators=count, trainers=count)
-    return Simulation(figures, split, max_staleness=0, iterations=iterations, seed=seed, extra_step_s=2 * figures.switch_s).run()
+    split, schedule = Split(generators=count, trainers=count), ScheduleSettings(name="synchronous")
+    return Simulation(figures, split, schedule, iterations=iterations, seed=seed, extra_step_s=2 * figures.switch_s).run()

@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.settings import ScheduleSettings
 from rlsys.planning.figures import Figures
 from rlsys.planning.limits import Split, drawn_load, schedule_limit
 from rlsys.planning.simulate import shares, simulate, simulate_colocated, steady
+
+SYNCHRONOUS, ONE_OFF = ScheduleSettings(name="synchronous"), ScheduleSettings(name="one_off")
 
 
 def figures(**changes: Any) -> Figures:
@@ -27,7 +30,7 @@ def figures(**changes: Any) -> Figures:
 
 def test_synchronous_is_the_sum_of_its_parts() -> None:
     """40 samples of 100 tokens at 10 per second: 10 s; a reward of 3 s; 4,000 tokens on one learner device: 10 s."""
-    out = simulate(figures(reward={"seconds": 3, "sandboxes": 40}), Split(generators=2, trainers=1), max_staleness=0, iterations=5)
+    out = simulate(figures(reward={"seconds": 3, "sandboxes": 40}), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=5)
     assert out.published == pytest.approx([0, 23, 46, 69, 92, 115])
     assert out.staleness_max == 0
     assert out.learner_shares() == pytest.approx({"train": 10 / 23, "waiting:samples": 10 / 23, "waiting:rewards": 3 / 23})
@@ -36,7 +39,7 @@ def test_synchronous_is_the_sum_of_its_parts() -> None:
 
 def test_one_off_overlaps_what_the_bound_allows() -> None:
     """Batches of 0 and 1 are sampled first; then sampling (10 s) hides behind training (10 s)."""
-    out = simulate(figures(), Split(generators=2, trainers=1), max_staleness=1, iterations=8)
+    out = simulate(figures(), Split(generators=2, trainers=1), ONE_OFF, iterations=8)
     assert out.s_per_iteration == pytest.approx(10)
     assert out.staleness_max == 1
     assert out.generator_shares()["sampling"] == pytest.approx(1.0)
@@ -45,7 +48,7 @@ def test_one_off_overlaps_what_the_bound_allows() -> None:
 
 def test_rewards_queue_for_sandboxes() -> None:
     """40 samples of 3 s on 10 sandboxes: 12 s after all are sampled at once."""
-    out = simulate(figures(reward={"seconds": 3, "sandboxes": 10}), Split(generators=2, trainers=1), max_staleness=0, iterations=4)
+    out = simulate(figures(reward={"seconds": 3, "sandboxes": 10}), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4)
     assert out.s_per_iteration == pytest.approx(10 + 12 + 10)
 
 
@@ -56,7 +59,7 @@ def test_colocated_uses_every_device_for_each_part_and_switches_twice() -> None:
 
 def test_updates_stall_the_generators() -> None:
     sampling = {"tokens_per_s_sample": 10, "tokens_per_s": 1000, "slots": 64, "update_s": 4}
-    out = simulate(figures(sampling=sampling), Split(generators=2, trainers=1), max_staleness=0, iterations=4)
+    out = simulate(figures(sampling=sampling), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4)
     assert out.s_per_iteration == pytest.approx(4 + 10 + 10)
     assert out.generator_shares()["update"] == pytest.approx(4 / 24)
 
@@ -70,7 +73,8 @@ def test_no_schedule_beats_its_limit(generators: int, trainers: int, staleness: 
         reward={"seconds": reward_s, "sandboxes": 8},
     )
     split = Split(generators=generators, trainers=trainers)
-    out = simulate(one, split, max_staleness=staleness, iterations=10)
+    schedule = ScheduleSettings(name="bounded", max_staleness=staleness) if staleness else SYNCHRONOUS
+    out = simulate(one, split, schedule, iterations=10)
     assert out.staleness_max <= staleness
     total = sum(out.learner_shares().values()), sum(out.generator_shares().values())
     assert total == pytest.approx((1.0, 1.0), abs=1e-6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,9 +18,10 @@ from actors.rewards.problems import Asserts, Cases, CppAsserts, Interaction, Jud
 from actors.sandbox import Execution, Limits, wire
 from actors.sandbox.checkers import CHECKERS, Checker
 from actors.sandbox.checkers.programs import CONVENTIONS, CheckerFailed, Convention, check_output, equip, read_verdict
-from actors.sandbox.conversation import judge_calls, run_communication, run_interactive, run_joined
+from actors.sandbox.conversation import Lines, judge_calls, run_communication, run_interactive, run_joined
 from actors.sandbox.execution import Program
-from actors.sandbox.languages import LANGUAGES, CompileError, Language
+from actors.sandbox.languages import LANGUAGES, NO_FILES, CompileError, Language
+from actors.sandbox.languages.cpp import FIFOS
 from actors.sandbox.runner import Sandbox
 from protocol.errors import UnknownName
 from protocol.registry import resolve
@@ -104,7 +105,9 @@ class Bench:
         if isinstance(form, Subtasks):
             if form.files and not language.takes_files:
                 raise problem.error("grader_files", f"{problem.language} cannot be compiled together with other files")
-            program = language.prepare(source, self.sandbox, form.files)
+            if form.fifo_io and problem.language != "cpp":
+                raise problem.error("user_io", f"fifo_io, which only cpp programs can open, not {problem.language}")
+            program = language.prepare(source, self.sandbox, {**form.files, **FIFOS} if form.fifo_io else form.files)
             return self._subtasks(program, problem, form, limits, rules)
         program = language.prepare(source, self.sandbox)
         if isinstance(form, Interaction):
@@ -113,10 +116,10 @@ class Bench:
         tests = choose_tests(form, rules.max_tests)
         return self._streams(program, tests, check, limits, rules)
 
-    def _judge_program(self, judge: JudgeProgram, problem: Problem, field_name: str) -> Program:
+    def _judge_program(self, judge: JudgeProgram, problem: Problem, field_name: str, files: Mapping[str, bytes] = NO_FILES) -> Program:
         """A judging program that came with the data."""
         try:
-            return self.language(judge.language, problem, field_name).prepare(judge.source, self.sandbox)
+            return self.language(judge.language, problem, field_name).prepare(judge.source, self.sandbox, files)
         except CompileError as error:
             raise problem.error(field_name, f"does not compile: {first_error(error.execution.stderr)}") from None
 
@@ -239,8 +242,10 @@ class Bench:
             if manager is None:
                 part = self._streams(program, sorted(tests, key=lambda test: len(test.input)), check, limits, one_fails_all)
             else:
-                judging = self._judge_program(manager, problem, "manager_source")
-                part = self._communication(program, judging, tests, form.num_processes, problem, limits)
+                has_paths = manager.language == "cpp"
+                judging = self._judge_program(manager, problem, "manager_source", FIFOS if has_paths else NO_FILES)
+                lines = Lines(num_processes=form.num_processes, manager_paths=has_paths, process_paths=form.fifo_io)
+                part = self._communication(program, judging, tests, lines, problem, limits)
             earned += points * (part.verdicts == ["accepted"] * len(tests))
             judgement.verdicts += part.verdicts
             judgement.detail = judgement.detail or part.detail
@@ -251,11 +256,11 @@ class Bench:
         return judgement
 
     def _communication(
-        self, program: Program, manager: Program, tests: Sequence[Test], num_processes: int, problem: Problem, limits: Limits
+        self, program: Program, manager: Program, tests: Sequence[Test], lines: Lines, problem: Problem, limits: Limits
     ) -> Judgement:
         judgement = Judgement(num_tests=len(tests))
         for test in tests:
-            executions, managing, num_early = run_communication(self.sandbox.pool, program, manager, num_processes, test.input, limits)
+            executions, managing, num_early = run_communication(self.sandbox.pool, program, manager, lines, test.input, limits)
             limited = [execution for execution in executions if execution.outcome not in ("ok", "runtime_error")]
             crashed = [execution for execution in executions[:num_early] if execution.outcome == "runtime_error"]
             worst = [*limited, *crashed, *executions][0]

@@ -9,7 +9,7 @@
 | MBPP | `test_list`, `test_setup_code` |
 | MultiPL-E, C++ | `language`: cpp, `prompt`, `tests`: a main with asserts on `candidate` |
 | interactive | `tests`, `interactor_source`, `interactor_language`, `interactor_convention` |
-| IOI | `subtasks`: [{"points", "tests"}], `grader_files`: {name: text}, `manager_source`, `num_processes` |
+| IOI | `subtasks`: [{"points", "tests"}], `grader_files`: {name: text}, `manager_source`, `num_processes`, `user_io` |
 | LeetCode | `tests`: {"functional": source that calls check(Solution().method)} |
 
 Bad data is an error that names problem and field, never a problem that nobody can solve.
@@ -129,6 +129,8 @@ class Subtasks:
     manager: JudgeProgram | None
     """Communication tasks: the program that talks to the submission's processes."""
     num_processes: int
+    fifo_io: bool = False
+    """Communication tasks: the processes are called with the paths of their lines, before their index; else these are stdin and stdout."""
 
 
 Form = tuple[Test, ...] | Asserts | Cases | CppAsserts | Interaction | Subtasks
@@ -253,11 +255,15 @@ class _Reader:
         files = line.get("grader_files") or {}
         if not isinstance(files, Mapping) or not all(isinstance(text, str) and _FILE_NAME.fullmatch(name) for name, text in files.items()):
             raise self.error("grader_files", "expected file names without directories, and their text")
+        user_io = line.get("user_io", "std_io")
+        if user_io not in ("std_io", "fifo_io"):
+            raise self.error("user_io", f"{user_io!r}, expected std_io or fifo_io")
         return Subtasks(
             subtasks=tuple(read),
             files={name: text.encode() for name, text in files.items()},
             manager=self.judge_program(line, "manager"),
             num_processes=int(self.positive(line, "num_processes") or 1),
+            fifo_io=user_io == "fifo_io",
         )
 
     def _humaneval(self, line: Mapping[str, Any]) -> Asserts:

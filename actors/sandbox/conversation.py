@@ -12,6 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from actors.sandbox import Execution, Limits, wire
@@ -124,38 +125,61 @@ def _interact_once(
     return execution, judgement, judged in first and judging not in first, suspect
 
 
-def run_communication(
-    pool: CellPool, candidate: Program, manager: Program, num_processes: int, test_input: bytes, limits: Limits
-) -> tuple[list[Execution], Execution, int]:
-    """Let a manager talk to `num_processes` processes of one program, each in a cell of its own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lines:
+    """How the programs of a communication task are called, as graders of the International Olympiad in Informatics expect it.
 
-    The manager reads the test from stdin, prints its score (0 to 1), and is called with pairs of descriptor numbers: what it writes to the
-    first of pair i is the stdin of process i, what it reads from the second is its stdout. A process is called with its index.
-    Returns the executions of the processes, those that ended before the manager first, that of the manager, and how many ended
-    before it. Raises InfrastructureFault.
+    Source of the order: Contest Management System, task type Communication. Of each pair the caller reads the first and writes the second.
     """
-    with pool.lease(num_processes + 1) as cells:
+
+    num_processes: int
+    manager_paths: bool
+    """Whether the manager gets paths (programs that contain `languages/fifos.cpp`) or descriptor numbers."""
+    process_paths: bool = False
+    """Whether the processes get paths before their index and keep stdin and stdout to themselves; else these are the lines."""
+
+    def of_manager(self) -> tuple[str, ...]:
+        """Its arguments: for each process the line from it and the line to it."""
+        return tuple(f"/dev/fd/{3 + number}" if self.manager_paths else str(3 + number) for number in range(2 * self.num_processes))
+
+    def of_process(self, index: int) -> tuple[str, ...]:
+        """Its arguments."""
+        return (*(("/dev/fd/3", "/dev/fd/4") if self.process_paths else ()), str(index))
+
+
+def run_communication(
+    pool: CellPool, candidate: Program, manager: Program, lines: Lines, test_input: bytes, limits: Limits
+) -> tuple[list[Execution], Execution, int]:
+    """Let a manager talk to the processes of one program, each in a cell of its own.
+
+    The manager reads the test from stdin and prints its score (0 to 1). Returns the executions of the processes, those that ended
+    before the manager first, that of the manager, and how many ended before it. Raises InfrastructureFault.
+    """
+    with pool.lease(lines.num_processes + 1) as cells:
         try:
-            executions, managing, num_early, suspect = _communicate_once(cells, candidate, manager, num_processes, test_input, limits)
+            executions, managing, num_early, suspect = _communicate_once(cells, candidate, manager, lines, test_input, limits)
             if not suspect:
                 return executions, managing, num_early
         except CellError:
             for cell in list(cells):
                 pool.replace(cells, cell)
-        return _communicate_once(cells, candidate, manager, num_processes, test_input, limits)[:3]
+        return _communicate_once(cells, candidate, manager, lines, test_input, limits)[:3]
 
 
 def _communicate_once(
-    cells: Sequence[Cell], candidate: Program, manager: Program, num_processes: int, test_input: bytes, limits: Limits
+    cells: Sequence[Cell], candidate: Program, manager: Program, lines: Lines, test_input: bytes, limits: Limits
 ) -> tuple[list[Execution], Execution, int, bool]:
-    pipes = [(*os.pipe(), *os.pipe()) for _ in range(num_processes)]
+    pipes = [(*os.pipe(), *os.pipe()) for _ in range(lines.num_processes)]
     processes: list[Running] = []
     try:
         for index, (reads, _, _, writes) in enumerate(pipes):
-            program = dataclasses.replace(candidate, arguments=(str(index),))
-            processes.append(Running(cells[index + 1], program, reads, limits, stdout=writes))
-        extras = [end for _, to_process, from_process, _ in pipes for end in (to_process, from_process)]
-        called = dataclasses.replace(manager, arguments=tuple(str(3 + number) for number in range(len(extras))))
+            program = dataclasses.replace(candidate, arguments=lines.of_process(index))
+            if lines.process_paths:
+                processes.append(Running(cells[index + 1], program, b"", limits, extras=(reads, writes)))
+            else:
+                processes.append(Running(cells[index + 1], program, reads, limits, stdout=writes))
+        extras = [end for _, to_process, from_process, _ in pipes for end in (from_process, to_process)]
+        called = dataclasses.replace(manager, arguments=lines.of_manager())
         patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
         managing = Running(cells[0], called, test_input, patience, extras=extras)
     finally:

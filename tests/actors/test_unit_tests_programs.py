@@ -198,18 +198,17 @@ def test_a_grader_that_does_not_link_is_a_compile_error(soft: UnitTests) -> None
 
 COMMUNICATION_MANAGER = """
 #include <cstdio>
-#include <cstdlib>
-#include <vector>
+#include <fstream>
 int main(int argc, char** argv) {
     long secret, got = 0;
     std::scanf("%ld", &secret);
-    FILE* to_first = fdopen(std::atoi(argv[1]), "w"); FILE* from_first = fdopen(std::atoi(argv[2]), "r");
-    FILE* to_second = fdopen(std::atoi(argv[3]), "w"); FILE* from_second = fdopen(std::atoi(argv[4]), "r");
+    FILE* from_first = std::fopen(argv[1], "r"); FILE* to_first = std::fopen(argv[2], "w");
+    std::ifstream from_second(argv[3]); std::ofstream to_second(argv[4]);
     std::fprintf(to_first, "%ld\\n", secret); std::fflush(to_first);
     long code = 0;
     if (std::fscanf(from_first, "%ld", &code) != 1 || code > 9) { std::puts("0"); return 0; }
-    std::fprintf(to_second, "%ld\\n", code); std::fflush(to_second);
-    std::fscanf(from_second, "%ld", &got);
+    to_second << code << std::endl;
+    from_second >> got;
     std::printf("%d\\n", got == secret);
 }
 """
@@ -232,9 +231,39 @@ def test_processes_that_communicate_through_a_manager(soft: UnitTests, source: s
     assert result.status == status, result
 
 
+@pytest.mark.slow
+def test_processes_that_open_their_lines_by_path(soft: UnitTests) -> None:
+    source = """
+#include <cstdio>
+#include <cstdlib>
+#include <fcntl.h>
+#include <unistd.h>
+int main(int argc, char** argv) {
+    FILE* from = fdopen(open(argv[1], O_RDONLY), "r"); FILE* to = fopen(argv[2], "w");
+    std::puts("this is nobody's input");
+    long n, root = 0;
+    if (fscanf(from, "%ld", &n) != 1) return 1;
+    while (root * root < n) root++;
+    fprintf(to, "%ld\\n", std::atoi(argv[3]) ? n * n : root); fclose(to);
+}
+"""
+    problem = {
+        "id": "paths",
+        "language": "cpp",
+        "subtasks": [{"points": 100, "tests": [{"input": "49\n", "output": ""}]}],
+        "manager_source": COMMUNICATION_MANAGER,
+        "num_processes": 2,
+        "user_io": "fifo_io",
+    }
+    result = soft.score(Sample(problem=problem, completion=f"```cpp\n{source}\n```", truncated=False))
+    assert result.status == "accepted", result
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
+        ({"subtasks": [{"points": 1, "tests": TESTS}], "user_io": "pipes"}, "'user_io'"),
+        ({"subtasks": [{"points": 1, "tests": TESTS}], "user_io": "fifo_io", "language": "python"}, "'user_io'"),
         ({"subtasks": [{"points": 0, "tests": TESTS}]}, "'points'"),
         ({"subtasks": [{"tests": TESTS}]}, "'subtasks[0].points'"),
         ({"subtasks": [{"points": 1}]}, "'tests'"),

@@ -10,6 +10,8 @@ from actors.sandbox.languages import NO_FILES
 from actors.sandbox.languages.compiled import Compiler
 from actors.sandbox.runner import Sandbox
 
+FIFOS = {"rlsys_fifos.cpp": Path(__file__).with_name("fifos.cpp").read_bytes()}
+"""Compiled with a program, lets it open the paths /dev/fd/N."""
 _FLAGS = ("-std=c++17", "-O2", "-pipe", "-w", "-fmax-errors=3", "-fdiagnostics-color=never", "-x", "c++", "-", "-o", "OUT")
 
 

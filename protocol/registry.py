@@ -18,7 +18,7 @@ def check_name(name: str, table: Mapping[str, str], what: str) -> None:
     if name in table or (":" in name and all(part.isidentifier() for part in name.replace(":", ".").split("."))):
         return
     near = difflib.get_close_matches(name, table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UnknownName(f"{what} {name!r} is not known{hint} Known: {', '.join(sorted(table))}, or your own as 'package.module:Name'.")
 
 

@@ -23,6 +23,7 @@ from protocol.registry import resolve
 ID_FIELDS = ("id", "task_id", "question_id", "problem_id")
 TEXT_FIELDS = ("completion", "submission", "solution", "code")
 RETRIES = 2
+_REASONS_SHOWN = 20  # all stand in --out and --json
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ def grade(
     if out is not None:
         out.write_text("".join(json.dumps(record) + "\n" for record in records))
     summary = summarise(records, time.monotonic() - started)
+    for reason, count in Counter(record["detail"] for record in records if record["value"] is None).most_common(_REASONS_SHOWN):
+        print(f"without a score, {count}x: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps({**summary, "results": records}))
     else:

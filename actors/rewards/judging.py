@@ -17,7 +17,7 @@ from actors.rewards import cpp_asserts
 from actors.rewards.problems import Asserts, Cases, CppAsserts, Interaction, JudgeProgram, Problem, Subtasks, Test
 from actors.sandbox import Execution, Limits, wire
 from actors.sandbox.checkers import CHECKERS, Checker
-from actors.sandbox.checkers.programs import CONVENTIONS, CheckerFailed, Convention, check_output, equip, read_verdict
+from actors.sandbox.checkers.programs import CONVENTIONS, CheckerFailed, Convention, check_output, equip, guarded, read_verdict
 from actors.sandbox.conversation import Lines, judge_calls, run_communication, run_interactive, run_joined
 from actors.sandbox.execution import Program
 from actors.sandbox.languages import LANGUAGES, NO_FILES, CompileError, Language
@@ -119,7 +119,7 @@ class Bench:
     def _judge_program(self, judge: JudgeProgram, problem: Problem, field_name: str, files: Mapping[str, bytes] = NO_FILES) -> Program:
         """A judging program that came with the data."""
         try:
-            return self.language(judge.language, problem, field_name).prepare(judge.source, self.sandbox, files)
+            return self.language(judge.language, problem, field_name).prepare(guarded(judge.source, judge.language), self.sandbox, files)
         except CompileError as error:
             raise problem.error(field_name, f"does not compile: {first_error(error.execution.stderr)}") from None
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from actors.rewards import Sample, Score
-from protocol.errors import ConfigError
+from actors.rewards.options import parse_options
 
 
 class Options(BaseModel):
@@ -35,12 +35,7 @@ class Simulated:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises ConfigError for bad options."""
-        try:
-            self._options = Options(**options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "options"
-            raise ConfigError(f"reward simulated, option {place!r}: {first['msg']}") from None
+        self._options = parse_options(Options, "simulated", options)
         self._closed = threading.Event()
 
     def score(self, sample: Sample) -> Score:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from actors.rewards import REWARDS, Reward, Sample, Score
-from protocol.errors import ConfigError, InfrastructureFault
+from actors.rewards.options import parse_options
+from protocol.errors import InfrastructureFault
 from protocol.registry import resolve
 
 
@@ -43,12 +44,7 @@ class Weighted:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises ConfigError for bad options, UnknownName for a part that does not exist, and what the parts raise."""
-        try:
-            self._options = Options(**options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "options"
-            raise ConfigError(f"reward weighted, option {place!r}: {first['msg']}") from None
+        self._options = parse_options(Options, "weighted", options)
         self._rewards: dict[str, Reward] = {}
         try:
             for name, part in self._options.parts.items():

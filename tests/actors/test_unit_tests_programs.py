@@ -129,7 +129,9 @@ def test_a_checker_in_cpp(reward: UnitTests) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"checker_source": "raise ValueError('x')\n"}, ["'checker_source'", "the checker failed", "exit code 1"]),
+        ({"checker_source": "raise ValueError('x')\n"}, ["'checker_source'", "the checker failed", "ValueError: x"]),
+        ({"checker": "testlib", "checker_source": "1 / 0"}, ["'checker_source'", "the checker failed", "ZeroDivisionError"]),
+        ({"checker": "testlib", "checker_source": "def broken(:"}, ["'checker_source'", "the checker failed", "SyntaxError"]),
         ({"checker_source": "import sys; sys.exit(3)"}, ["'checker_source'", "exit code 3"]),
         ({"checker_source": "import os; os.abort()"}, ["'checker_source'", "exit code -6"]),
         ({"checker_source": "int main() {", "checker_language": "cpp"}, ["'checker_source'", "does not compile"]),

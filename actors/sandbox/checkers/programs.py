@@ -42,6 +42,24 @@ CONVENTIONS = {
 }
 
 
+_CRASHED, _PIPE_CLOSED = 101, 102
+_GUARD = """
+try:
+    exec(compile({source!r}, "checker.py", "exec"), {{"__name__": "__main__", "__builtins__": __builtins__}})
+    __import__("sys").stdout.flush()
+except BrokenPipeError:
+    raise SystemExit({pipe_closed})
+except Exception:
+    __import__("traceback").print_exc()
+    raise SystemExit({crashed})
+"""
+
+
+def guarded(source: str, language: str) -> str:
+    """`source` such that a crash is not taken for a verdict: an uncaught exception ends Python with code 1, testlib's "wrong"."""
+    return _GUARD.format(source=source, crashed=_CRASHED, pipe_closed=_PIPE_CLOSED) if language == "python" else source
+
+
 def equip(program: Program, convention: Convention, files: dict[str, bytes]) -> Program:
     """`program` with the convention's arguments and files."""
     present = {name: files.get(name, b"") for name in convention.arguments}
@@ -61,6 +79,7 @@ def read_verdict(execution: Execution, convention: Convention) -> str:
     if execution.outcome in ("ok", "runtime_error"):
         if execution.exit_code == convention.right:
             return ""
-        if execution.exit_code in convention.wrong or execution.exit_code == -signal.SIGPIPE:  # it wrote to a program that had ended
+        # it may have written to a program that had ended
+        if execution.exit_code in (*convention.wrong, -signal.SIGPIPE, _PIPE_CLOSED):
             return said[-1][:200] if said else "the checker refused it"
     raise CheckerFailed(f"{execution.outcome}, exit code {execution.exit_code}, {said[-1][:200] if said else 'nothing on stderr'}")

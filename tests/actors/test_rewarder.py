@@ -14,7 +14,7 @@ import pytest
 from actors.rewarder import QUEUED_PER_THREAD, Rewarder
 from actors.rewards import Sample, Score
 from actors.text import Text
-from protocol.errors import InfrastructureFault
+from protocol.errors import DataError, InfrastructureFault
 from protocol.messages import Ack, Completion, Credit, Finished, Hello, Message, Register, Trajectory, key_of, pack_spans
 from rlsys.config import dump_config, parse_config
 from rlsys.launchers.local import Child
@@ -24,7 +24,8 @@ from tests.ring import Peer, Ring, Running
 
 
 class WordReward:
-    """w1 is right; w5 meets a fault of the machinery once, w6 each time; w7 waits until the test lets it go; the rest is wrong."""
+    """w1 is right; w5 meets a fault of the machinery once, w6 each time; w7 waits until the test lets it go; w9 finds a
+    problem that cannot be judged; the rest is wrong."""
 
     def __init__(self) -> None:
         self.seen: list[Sample] = []
@@ -37,6 +38,8 @@ class WordReward:
         self.tries[word] += 1
         if word == "w6" or (word == "w5" and self.tries[word] == 1):
             raise InfrastructureFault(f"the cell of {word} broke")
+        if word == "w9":
+            raise DataError("problem 'p0', field 'tests': no tests")
         if word == "w7":
             assert self.gate.wait(20.0)
         if word == "w8":
@@ -185,6 +188,16 @@ def test_a_fault_of_the_machinery_is_tried_again_and_never_a_score(ring: Ring, t
     assert (always.score, always.passed, always.status, always.parts) == (None, False, "failed", {})
     assert always.detail == "the cell of w6 broke"
     assert scene.reward.tries == {"w5": 2, "w6": 3}
+
+
+def test_a_problem_that_cannot_be_judged_is_a_missing_score_and_the_run_goes_on(ring: Ring, tmp_path: Path) -> None:
+    scene = Scene(ring, tmp_path)
+    learner = scene.learner(10)
+    scene.generator.tell(completion("w9"))
+    scene.generator.tell(completion("w1", index=1))
+    bad, right = sorted(scene.trajectories(learner, 2), key=lambda trajectory: trajectory.index)
+    assert bad.status == "bad_problem" and bad.score is None and "field 'tests'" in bad.detail
+    assert right.status == "accepted" and scene.reward.tries == {"w9": 1, "w1": 1}
 
 
 def test_a_learner_that_comes_back_is_told_everything_unacknowledged(ring: Ring, tmp_path: Path) -> None:

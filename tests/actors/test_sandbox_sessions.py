@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +105,9 @@ def test_a_session_needs_an_open_sandbox() -> None:
     sandbox.close()
     with pytest.raises(InfrastructureFault, match="closed"):
         sandbox.session()
+
+
+def test_the_example_of_the_documentation_holds() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/extending.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sandbox.session(" in block]
+    exec(compile(example, "extending.md", "exec"), {})

@@ -78,6 +78,12 @@ SAME_ALONE = {
     "a daemon thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n" + ADD,
     "recursion limit": "import sys\nassert sys.getrecursionlimit() == 1000\nsys.setrecursionlimit(5000)\n" + ADD,
     "slow": "import time\nend = time.process_time() + 0.04\nwhile time.process_time() < end: pass\n" + ADD,
+    "writes into the descriptors of other runs": (
+        "import os\n"
+        + ADD
+        + "import sys\nsys.stdout.flush()\nfor n in range(3, 20):\n    try: os.write(n, b'...........7\\n')\n    except OSError: pass"
+    ),
+    "a file that an earlier run left": "import os\nassert not os.path.exists('/tmp/mark')\nopen('/tmp/mark', 'w').close()\n" + ADD,
     "takes the same random numbers each time": "import random\nassert random.random() == 0.8444218515250481\n" + ADD,
 }
 

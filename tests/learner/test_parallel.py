@@ -119,7 +119,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
 
 
 @pytest.mark.parametrize("group", GROUPS[1:])
-@pytest.mark.parametrize(("dtype", "tolerance", "metric_tolerance"), [("float64", 1e-9, 1e-9), ("float32", 1e-4, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance", "metric_tolerance"), [("float64", 1e-9, 1e-9), ("float32", 1e-4, 3e-5)])
 def test_ranks_train_as_one(found: dict[str, Found], dtype: str, tolerance: float, metric_tolerance: float, group: tuple[int, str]) -> None:
     """Losses, norms of gradients and parameters after five iterations, replicated and sharded."""
     alone, together = found[name_of(dtype, GROUPS[0])], found[name_of(dtype, group)]

@@ -128,6 +128,24 @@ class Step:
         self._adapt(values)
         return StepMetrics(values=values, skipped=(*refused, *broken))
 
+    @torch.no_grad()
+    def negative_log_likelihood(self, samples: Sequence[TrainSample]) -> float:
+        """Mean of -log-prob over all trainable tokens of `samples`, the same on every rank; nothing moves. NaN without a token."""
+        weighted = weigh(samples, "token_mean")
+        useful = [i for i, sample in enumerate(samples) if sample.num_trainable]
+        if not useful:
+            return float("nan")
+        work = self._share(weighted, useful)
+        if self.sharded:
+            self._blank = _blank(weighted, min(useful, key=lambda i: samples[i].length))
+            work = self._in_step(work)
+        total = torch.zeros(1, dtype=torch.float64, device=self.model.device)
+        for one in work:
+            policy_T, _ = self.model.token_logprobs(one.batch)
+            total -= (policy_T.double() * torch.from_numpy(one.batch.weights_T).to(policy_T.device)).sum()
+        self.group.sum(total)
+        return float(total.item())
+
     def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """All parameters and persistent buffers, whole, one after the other, under their transformers names, tied weights once.
 

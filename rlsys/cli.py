@@ -77,6 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
     grade.add_argument("--out", type=Path, metavar="FILE", help="write each submission's verdict as JSON lines")
     grade.add_argument("--json", action="store_true", help="print summary and verdicts as one JSON object")
 
+    sft = _command(commands, "sft", _sft, "fine-tune a model on prompts with completions, or on chats, with the learner's own step")
+    _config_arguments(sft)
+    sft.add_argument("--out", type=Path, metavar="DIR", help="where the model and its curves go (default: runs/NAME-TIME)")
+    sft.add_argument("--check", action="store_true", help="read configuration and data, say what would be trained, and end")
+    sft.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    sft.add_argument("--plain", action="store_true", help="plain lines instead of a bar (the default when the output is no terminal)")
+    sft.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
+
     doctor = _command(commands, "doctor", _doctor, "what this machine can do: cores, memory, isolation of model-written code, devices")
     doctor.add_argument("--json", action="store_true", help="for machines")
     return parser
@@ -160,6 +168,22 @@ def _grade(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         as_json=options.json,
         out=options.out,
+    )
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from rlsys.sft.command import sft
+
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out: the directory of the fine-tuning to go on with")
+    return sft(
+        options.config,
+        options.overrides,
+        options.out,
+        check=options.check,
+        resume=options.resume,
+        plain=options.plain,
+        as_json=options.json,
     )
 
 

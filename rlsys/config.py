@@ -155,6 +155,11 @@ class _OnceLoader(yaml.SafeLoader):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a configuration. `overrides` are "learner.optimizer.lr=1e-6". Raises ConfigError, one line per fault."""
+    return parse_config(read_content(path, overrides, "model, data, sampling"), str(path), path.parent)
+
+
+def read_content(path: Path, overrides: Sequence[str], expected: str) -> dict[str, Any]:
+    """The keys of a YAML file with overrides, not checked yet. Raises ConfigError; `expected` names keys of such a file."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
@@ -163,18 +168,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ConfigError(f"{path}: not YAML ({reason})") from None
     if content is None:
-        raise ConfigError(f"{path}: is empty, expected keys such as model, data, sampling")
+        raise ConfigError(f"{path}: is empty, expected keys such as {expected}")
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds {type(content).__name__}, expected keys such as model, data, sampling")
+        raise ConfigError(f"{path}: holds {type(content).__name__}, expected keys such as {expected}")
     for override in overrides:
         _set(content, override)
-    return parse_config(content, str(path), path.parent)
+    return content
 
 
 def parse_config(content: Mapping[str, Any], source: str, base: Path | None = None) -> RunConfig:
     """A checked configuration from plain data. Relative paths count from `base`."""
     try:
-        config = RunConfig.model_validate(_absolute(content, base) if base else content)
+        config = RunConfig.model_validate(absolute(content, base) if base else content)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {explain(fault, RunConfig)}" for fault in error.errors())) from None
     return config
@@ -208,7 +213,7 @@ def _set(content: dict[str, Any], override: str) -> None:
 _PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"), ("learner", "kl", "reference"))
 
 
-def _absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
+def absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Paths with ~ and $VARIABLES expanded, relative ones counted from the configuration file."""
     changed: dict[str, Any] = copy.deepcopy(dict(content))
     for *groups, key in _PATHS:

@@ -30,6 +30,11 @@ EVENTS_BYTES = 32 << 20
 """Of a track's file before it is moved aside; with the old one, at most twice that. A busy track writes about 2 kB/s: hours."""
 
 
+def curves(directory: Path) -> Any:
+    """A TensorBoard writer into `directory`; here because tensorboard has this one door."""
+    return Writer(str(directory))
+
+
 def role_of(identity: str) -> str:
     """ "generator-0@1" -> "generator"."""
     return identity.rpartition("-")[0]
@@ -139,7 +144,7 @@ class Dashboard:
         self._events_dir = run_dir / "events"
         self._events_dir.mkdir(exist_ok=True)
         self._tracks: dict[str, BoundedLines] = {}
-        self._board = Writer(str(run_dir / "tensorboard"))
+        self._board = curves(run_dir / "tensorboard")
         self._fleets = Fleets()
         self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "rewards": []}
         self._rewards: deque[float] = deque(maxlen=200)

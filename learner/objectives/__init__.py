@@ -24,6 +24,7 @@ OBJECTIVES = {
     "gspo": "learner.objectives.gspo:gspo",
     "reinforce": "learner.objectives.reinforce:reinforce",
     "decoupled": "learner.objectives.decoupled:decoupled",
+    "likelihood": "learner.objectives.likelihood:likelihood",
 }
 """Name in the configuration -> function."""
 

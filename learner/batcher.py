@@ -99,6 +99,8 @@ class Batch:
     """Groups that ended with this batch and without a place in it."""
     versions: tuple[tuple[int, int], ...] = ()
     """Oldest and newest version of the tokens that are trained on, by sample; (iteration, iteration) without any."""
+    groups: tuple[Group, ...] = ()
+    """All groups of the whole iteration, at its last part, for what is shown of them."""
 
 
 AFTER_THE_END = "the run had its last batch"
@@ -173,13 +175,15 @@ class Batcher:
         self._ended += batch.outcomes
         given_up: list[GroupOutcome] = []
         metrics: dict[str, float] = {}
+        seen: tuple[Group, ...] = ()
         if last:
             if self.rule.stragglers == "drop":
                 given_up += self._drop(choice, iteration, issued, assembler)
             metrics = describe(self._seen, self._ended, iteration, self.rule.max_staleness)
+            seen = tuple(self._seen)
             self._seen, self._ended, self._refilled = [], [], 0
             given_up += self._settle(sorted(self._ready))
-        return replace(batch, part=part, last=last, given_up=tuple(given_up), metrics=metrics)
+        return replace(batch, part=part, last=last, given_up=tuple(given_up), metrics=metrics, groups=seen)
 
     def leave_over(self, issued: Mapping[int, str], assembler: Assembler) -> list[GroupOutcome]:
         """After the last batch: every group that was issued and has not ended is `unfinished`."""

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,19 @@ from protocol.credits import Incoming
 from protocol.intervals import Recorder
 from protocol.journal import Journal
 from protocol.ledger import Ledger
-from protocol.messages import Ack, Credit, GroupOutcome, Hello, Message, Metrics, Trajectory, WeightsLoaded, WeightsReady, key_of
+from protocol.messages import (
+    Ack,
+    Credit,
+    Distribution,
+    GroupOutcome,
+    Hello,
+    Message,
+    Metrics,
+    Trajectory,
+    WeightsLoaded,
+    WeightsReady,
+    key_of,
+)
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.learner")
@@ -135,6 +148,12 @@ class Intake:
                 "complete": self._batcher.complete(self._wanted)[:MANY_FACTS] if self._wanted >= 0 else [],
             }
 
+    def show(self, messages: Sequence[Distribution | Trajectory]) -> None:
+        """Send the dashboard what people look at."""
+        with self._lock:
+            self._outgoing.extend(messages)
+        self._node.wake()
+
     def close(self) -> None:
         """End the thread, waiting a moment for it. Nothing happens when it was never started."""
         self._node.stop("closing")
@@ -235,6 +254,8 @@ class Intake:
                 self._readers = {peer for peer in self._readers if self._weights.send(peer, message)}
             elif isinstance(message, Metrics):
                 self._node.flush_intervals()  # first, so that the iteration's idle share counts all of it
+                self._node.observe(message)
+            elif isinstance(message, Distribution | Trajectory):
                 self._node.observe(message)
             else:
                 for link in self._dispatchers.values():

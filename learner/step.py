@@ -55,6 +55,8 @@ class StepMetrics:
     values: dict[str, float]
     skipped: tuple[Skipped, ...]
     """Samples not trained on because something was not finite; a rank names those of its own share. `values["skipped"]` counts all."""
+    ratio_counts: tuple[int, ...] = ()
+    """See `Tally.ratio_counts`; empty for a step without ratios."""
 
 
 @dataclass(slots=True)
@@ -126,7 +128,7 @@ class Step:
             "corrected": float(self._corrected),
         }
         self._adapt(values)
-        return StepMetrics(values=values, skipped=(*refused, *broken))
+        return StepMetrics(values=values, skipped=(*refused, *broken), ratio_counts=tally.ratio_counts)
 
     @torch.no_grad()
     def negative_log_likelihood(self, samples: Sequence[TrainSample]) -> float:

@@ -36,6 +36,9 @@ _SUMS = (
 _MAXIMA = ("ratio_max", "minus_ratio_min", "drift_max", "correction_max", "minus_correction_min")
 
 
+RATIO_BINS, RATIO_TOP = 40, 2.0
+
+
 class Tally:
     """Sums and maxima on the device; read once, at the end of the iteration."""
 
@@ -44,12 +47,16 @@ class Tally:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._maxima = torch.full((len(_MAXIMA),), -math.inf, dtype=torch.float64, device=device)
         self._norms: list[float] = []
+        self._ratios = torch.zeros(RATIO_BINS, dtype=torch.float64, device=device)
+        self.ratio_counts: tuple[int, ...] = ()
+        """How many ratios fell into each of RATIO_BINS equal parts of [0, RATIO_TOP] over all ranks, the last with all above; after `values`."""
 
     @torch.no_grad()
     def add_tokens(self, inputs: Inputs, loss: MicroLoss, *, first: bool) -> None:
         """One micro-batch. `first` marks the first update of the batch."""
         log_T = (inputs.policy_T - loss.behaviour_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         ratio_T, drift_T = log_T.exp(), log_T.abs()
+        self._ratios += torch.histc(ratio_T.float().clamp(max=RATIO_TOP), RATIO_BINS, 0.0, RATIO_TOP)
         count = ratio_T.new_tensor(float(ratio_T.numel()))
         sums = {
             "loss": loss.total,
@@ -83,6 +90,8 @@ class Tally:
         """The numbers over all ranks; a collective call. Those that need a token are left out when there was none."""
         group.sum(self._sums)
         group.maximum(self._maxima)
+        group.sum(self._ratios)
+        self.ratio_counts = tuple(int(count) for count in self._ratios.tolist())
         sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         maxima = dict(zip(_MAXIMA, self._maxima.tolist(), strict=True))
         taken = [norm for norm in self._norms if math.isfinite(norm)]

@@ -27,7 +27,8 @@ from learner.packing import TrainSample
 from learner.parallel import Group, SingleProcess, connect_store, join, open_store
 from learner.publisher import DTYPES, Publisher
 from learner.settings import LearnerSettings
-from learner.step import pick_device
+from learner.showing import RATIO_EDGES, Counts, distributions, spreads, to_read
+from learner.step import StepMetrics, pick_device
 from learner.steps import build_step
 from protocol.errors import RunEnded
 from protocol.intervals import Recorder
@@ -53,6 +54,10 @@ class LearnerJob:
     publish_dtype: str
     host: str
     settings: LearnerSettings
+    histograms: bool = True
+    samples_every: int = 10
+    """Iterations between samples that are shown as text; 0 never."""
+    samples: int = 4
 
 
 def run_learner(node: Node, job: LearnerJob) -> None:
@@ -132,7 +137,7 @@ class Leader:
         recorder, job = self._recorder, self._job
         self._publish(0)
         for iteration in range(job.iterations):
-            parts: list[tuple[Batch, dict[str, float]]] = []
+            parts: list[tuple[Batch, StepMetrics]] = []
             train_s = 0.0
             while not parts or not parts[-1][0].last:
                 batch = self._intake.wait_batch(iteration, recorder)
@@ -150,11 +155,12 @@ class Leader:
                             self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
                     metrics = self._step.train(batch.samples, iteration, job.iterations)
                 train_s += time.monotonic() - started
-                parts.append((batch, metrics.values))
+                parts.append((batch, metrics))
 
             publish_s = self._publish(iteration + 1)
             self._intake.end_groups(tuple(outcome for batch, _ in parts for outcome in batch.outcomes))
-            self._report(parts[-1][0], over_parts([values for _, values in parts]), train_s, publish_s)
+            self._report(parts[-1][0], over_parts([metrics.values for _, metrics in parts]), train_s, publish_s)
+            self._show(parts[-1][0], [metrics.ratio_counts for _, metrics in parts])
             self._iterations_done += 1
 
     def _publish(self, number: int) -> float:
@@ -172,6 +178,17 @@ class Leader:
             batch.iteration,
             {**batch.metrics, **step, "train/seconds": train_s, "train/publish_s": publish_s, "train/tokens_per_s": tokens / train_s},
         )
+
+    def _show(self, batch: Batch, ratio_counts: Sequence[tuple[int, ...]]) -> None:
+        """Histograms of the iteration and, every so often, a few samples to read."""
+        job, found = self._job, dict[str, Counts]()
+        if job.histograms:
+            found = spreads(batch.groups, batch.iteration)
+            counts = np.array([c for c in ratio_counts if c], np.int64)
+            if len(counts):
+                found["train/ratios"] = (RATIO_EDGES, counts.sum(axis=0))
+        samples = to_read(batch.groups, job.samples) if job.samples_every and batch.iteration % job.samples_every == 0 else ()
+        self._intake.show([*distributions(self._node.identity, batch.iteration, time.time(), found), *samples])
 
     def _gauges(self) -> dict[str, float]:
         return {"learner/received": float(self._intake.received), "learner/tokens": self._tokens}

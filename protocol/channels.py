@@ -66,7 +66,12 @@ CHANNELS = {
     ),
     "outcomes": Channel("dispatcher", ("learner",), (m.Hello, m.GroupOutcome), (m.Refused,), "terminal states, already in the ledger"),
     "observe": Channel(
-        "dashboard", EVERYONE, (m.Metrics, m.Event, m.Intervals), (), "metrics and intervals; may be lost with the dashboard", True
+        "dashboard",
+        EVERYONE,
+        (m.Metrics, m.Event, m.Intervals, m.Distribution, m.Trajectory),
+        (),
+        "metrics and intervals; may be lost with the dashboard",
+        True,
     ),
 }
 """Name -> channel. The supervisor's `control` address is given to every process at its start, all others come with `Peers`."""

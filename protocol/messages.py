@@ -501,6 +501,29 @@ class Intervals(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution(Message):
+    """Learner to the dashboard: how often values of one iteration fell where.
+
+    Example:
+        Distribution(identity="learner-0@1", iteration=3, time_s=1.0, name="length/completion", edges=array([0.0, 16.0, 32.0]),
+                     counts=array([5, 11]))
+    """
+
+    identity: str
+    iteration: int
+    time_s: float
+    name: str
+    edges: Float32Array
+    """[n + 1], rising."""
+    counts: Int64Array
+    """[n] between neighbouring edges."""
+
+    def fault(self) -> str:
+        fits = self.edges.ndim == self.counts.ndim == 1 and len(self.edges) == len(self.counts) + 1
+        return "" if fits else f"distribution {self.name}: {self.edges.shape} edges and {self.counts.shape} counts, expected one edge more"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(Message):
     """Dashboard to supervisor: the state of the run, for the progress display and `rlsys status`.
 

@@ -1,6 +1,7 @@
 """The dashboard: gathers what every process observed, and writes it where people and tools look.
 
-    every process --Metrics, Intervals, Event--> [ dashboard ] --> tensorboard/, metrics.jsonl, events/ ; Snapshot --> supervisor
+    every process --Metrics, Intervals, Event--> [ dashboard ] --> loggers (TensorBoard), metrics.jsonl, events/, Prometheus
+    learner --Distribution, Trajectory (a few)-->      |------> Snapshot --> supervisor
 
 It waits for observations alone and wakes nobody: the ring runs on without it.
 """
@@ -8,107 +9,37 @@ It waits for observations alone and wakes nobody: the ring runs on without it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections import defaultdict, deque
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tensorboard.summary import Writer
-
-from protocol.errors import RunEnded
-from protocol.intervals import is_waiting
-from protocol.messages import Event, Intervals, Metrics, Snapshot
+from protocol.errors import RunEnded, UserError
+from protocol.messages import Distribution, Event, Intervals, Metrics, Snapshot, Trajectory
 from protocol.node import Node
+from protocol.registry import resolve
 from rlsys.config import RunConfig
+from rlsys.fleets import Fleets, role_of
+from rlsys.guards import Guards
+from rlsys.loggers import LOGGERS, LoggedRun, Logger
+
+if TYPE_CHECKING:
+    from actors.text import Text
+    from rlsys.prometheus import Exporter
+
+log = logging.getLogger("rlsys.dashboard")
 
 SNAPSHOT_S = 0.5
-RATE_WINDOW_S = 5.0
-"""Counters arrive twice a second, so rates over shorter times would jump."""
 EVENTS_BYTES = 32 << 20
 """Of a track's file before it is moved aside; with the old one, at most twice that. A busy track writes about 2 kB/s: hours."""
-
-
-def curves(directory: Path) -> Any:
-    """A TensorBoard writer into `directory`; here because tensorboard has this one door."""
-    return Writer(str(directory))
-
-
-def role_of(identity: str) -> str:
-    """ "generator-0@1" -> "generator"."""
-    return identity.rpartition("-")[0]
 
 
 def finite(value: float) -> float | None:
     """JSON knows no NaN: what is not a finite number is null."""
     return value if math.isfinite(value) else None
-
-
-class Fleets:
-    """Sums over the processes of each role: cumulative gauges become rates, intervals become idle shares. Pure."""
-
-    def __init__(self) -> None:
-        self._gauges: dict[str, dict[str, float]] = {}
-        self._busy_s: dict[str, float] = defaultdict(float)
-        self._total_s: dict[str, float] = defaultdict(float)
-        self._history: deque[tuple[float, dict[str, float]]] = deque()
-
-    def gauge(self, identity: str, values: dict[str, float]) -> None:
-        """The newest numbers of one process."""
-        self._gauges.setdefault(identity, {}).update(values)
-
-    def intervals(self, message: Intervals) -> None:
-        """Add busy and waiting time of one process; its main track counts."""
-        if message.track:
-            return
-        role = role_of(message.identity)
-        seconds = (message.rows[:, 2] - message.rows[:, 1]) / 1e6
-        waiting = np.array([is_waiting(name) for name in message.names], bool)[message.rows[:, 0]]
-        self._busy_s[role] += float(seconds[~waiting].sum())
-        self._total_s[role] += float(seconds.sum())
-
-    def sum(self, name: str) -> float:
-        """A gauge over all processes."""
-        return sum(values.get(name, 0.0) for values in self._gauges.values())
-
-    def sums(self, prefix: str) -> dict[str, float]:
-        """All gauges whose names start with `prefix`, over all processes."""
-        names = {name for values in self._gauges.values() for name in values if name.startswith(prefix)}
-        return {name: self.sum(name) for name in sorted(names)}
-
-    def window(self, now_s: float) -> dict[str, float]:
-        """Rates over RATE_WINDOW_S or the last call, whichever is longer ago; idle shares since the last call."""
-        counters = {
-            "sampling": self.sum("generator/tokens"),
-            "scoring": self.sum("rewarder/scored"),
-            "training": self.sum("learner/tokens"),
-        }
-        while len(self._history) > 1 and now_s - self._history[1][0] >= RATE_WINDOW_S:
-            self._history.popleft()
-        values = {}
-        if self._history and now_s > self._history[0][0]:
-            then_s, then = self._history[0]
-            values["throughput/sampled_tokens_per_s"] = (counters["sampling"] - then["sampling"]) / (now_s - then_s)
-            values["throughput/scored_samples_per_s"] = (counters["scoring"] - then["scoring"]) / (now_s - then_s)
-            values["throughput/trained_tokens_per_s"] = (counters["training"] - then["training"]) / (now_s - then_s)
-        self._history.append((now_s, counters))
-        for role, total in self._total_s.items():
-            if total > 0:
-                values[f"idle/{role}"] = 1.0 - self._busy_s[role] / total
-        self._busy_s.clear()
-        self._total_s.clear()
-        return values
-
-    def queues(self) -> dict[str, float]:
-        """How much waits where."""
-        return {
-            "queues/groups_outstanding": self.sum("dispatcher/groups_outstanding"),
-            "queues/samples_running": self.sum("generator/running"),
-            "queues/samples_waiting": self.sum("generator/waiting"),
-            "queues/completions_unscored": self.sum("generator/outbox") + self.sum("rewarder/queued"),
-            "queues/completions_unacknowledged": self.sum("generator/unacknowledged"),
-        }
 
 
 class BoundedLines:
@@ -144,11 +75,21 @@ class Dashboard:
         self._events_dir = run_dir / "events"
         self._events_dir.mkdir(exist_ok=True)
         self._tracks: dict[str, BoundedLines] = {}
-        self._board = curves(run_dir / "tensorboard")
         self._fleets = Fleets()
+        self._guards = Guards(config.guards)
         self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "rewards": []}
         self._rewards: deque[float] = deque(maxlen=200)
         self._next_s = 0.0
+        self._text: Text | None = None
+        self._shown: list[tuple[int, int, int]] = []
+        run = LoggedRun(name=config.name, run_dir=run_dir, config=config.model_dump(mode="json"))
+        self._loggers: dict[str, Logger] = {name: resolve(name, LOGGERS, "logger")(run) for name in config.observe.loggers}
+        self._exporter: Exporter | None = None
+        if config.observe.prometheus:
+            from rlsys.prometheus import Exporter
+
+            self._exporter = Exporter({"run": run_dir.name})
+            self._values["prometheus"] = self._exporter.address
 
     def run(self) -> None:
         """Write until the run ends, and then what arrives in a last moment."""
@@ -166,10 +107,12 @@ class Dashboard:
             self._drain()
             raise
         finally:
-            self._board.close()
+            self._log(lambda logger: logger.close())
             self._metrics.close()
             for track in self._tracks.values():
                 track.close()
+            if self._exporter is not None:
+                self._exporter.close()
 
     def _drain(self) -> None:
         """Other processes flush when they end: take that too, until nothing has come for a while."""
@@ -196,6 +139,10 @@ class Dashboard:
                 rows = {"offset_s": message.offset_s, "names": message.names, "rows": message.rows.tolist()}
                 name = message.identity.partition("@")[0] + (f"+{message.track}" if message.track else "")
                 self._track(name).write(json.dumps(rows))
+            elif isinstance(message, Distribution):
+                self._distribution(message)
+            elif isinstance(message, Trajectory):
+                self._sample(message)
             elif isinstance(message, Event):
                 self._event(message)
         return count
@@ -209,12 +156,38 @@ class Dashboard:
         """The learner finished an iteration: everything of this moment is written at that step."""
         if role_of(message.identity) != "learner":
             return
-        values = {**message.values, **self._fleets.window(message.time_s), **self._fleets.queues(), **self._fleets.sums("verdict/")}
+        values = {**message.values, **self._fleets.window(message.time_s), **self._fleets.now()}
         self._write(message.iteration, message.time_s, values)
         self._rewards.append(values.get("reward/mean", float("nan")))
         self._values.update(
             iteration=message.iteration + 1, rewards=[round(r, 4) for r in self._rewards], last={k: round(v, 6) for k, v in values.items()}
         )
+        for alarm in self._guards.observe(message.iteration, values):
+            stop = self._config.guards.action == "stop"
+            self._node.event("guard", guard=alarm.guard, iteration=alarm.iteration, what=alarm.what, look=alarm.look, stop=stop)
+            self._event(Event(identity=self._node.identity, time_s=message.time_s, name="guard", data={"what": alarm.sentence}))
+
+    def _distribution(self, m: Distribution) -> None:
+        edges, counts = m.edges.tolist(), m.counts.tolist()
+        self._log(lambda logger: logger.histogram(m.iteration, m.time_s, m.name, edges, counts))
+
+    def _sample(self, t: Trajectory) -> None:
+        """One sample to read: prompt, completion, verdict, score."""
+        if self._text is None:
+            from actors.text import Text
+
+            self._text = Text(self._config.model.path)
+        score = "none" if t.score is None else f"{t.score:g}"
+        head = f"**{t.problem_id}**, sample {t.group_id}/{t.index}: **{t.status}**, score {score}, {len(t.token_ids)} tokens, {t.finish_reason}"
+        parts = [head, *([f"> {t.detail}"] if t.detail else [])]
+        parts += [_fenced("prompt", self._text.decode(t.prompt_ids)), _fenced("completion", self._text.decode(t.token_ids))]
+        text = "\n\n".join(parts)
+        self._log(lambda logger: logger.text(t.iteration, t.scored_s, f"samples/{self._place(t)}", text))
+
+    def _place(self, t: Trajectory) -> int:
+        """0, 1, 2, ... within its iteration, so that each place has one text over time."""
+        self._shown = [key for key in self._shown if key[0] == t.iteration] + [(t.iteration, t.group_id, t.index)]
+        return len(self._shown) - 1
 
     def _event(self, message: Event) -> None:
         record = {"time_s": message.time_s, "identity": message.identity, "event": message.name, **message.data}
@@ -231,13 +204,37 @@ class Dashboard:
             )
 
     def _write(self, step: int, time_s: float, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step=step)
-        self._board.flush()
+        self._log(lambda logger: logger.scalars(step, time_s, values))
+        if self._exporter is not None:
+            self._exporter.update({**values, "iteration": float(step)})
         self._metrics.write(
             json.dumps({"time_s": round(time_s, 3), "iteration": step, **{name: finite(value) for name, value in values.items()}}) + "\n"
         )
 
+    def _log(self, call: Callable[[Logger], object]) -> None:
+        """Each logger in turn. One that fails (a full disk, a lost server) is reported and left out: a run is worth more than its curves."""
+        for name, logger in list(self._loggers.items()):
+            try:
+                call(logger)
+            except UserError:
+                raise
+            except Exception as error:  # of a library that is not ours
+                del self._loggers[name]
+                log.exception("logger %s failed and is left out from here on", name)
+                if not self._node.closed and not self._node.stopping:
+                    self._node.event("logger failed", logger=name, error=f"{type(error).__name__}: {error}")
+
     def _snapshot(self) -> None:
-        values = {**self._values, "queues": self._fleets.queues(), "sampled_tokens": self._fleets.sum("generator/tokens")}
+        now = self._fleets.now()
+        if self._exporter is not None:
+            self._exporter.update(now)
+        queues = {name: value for name, value in now.items() if name.startswith("queues/")}
+        memory = {name: value for name, value in now.items() if name.startswith("memory/")}
+        values = {**self._values, "queues": queues, "memory": memory, "sampled_tokens": self._fleets.sum("generator/tokens")}
         self._node.tell(Snapshot(time_s=time.time(), values=values))
+
+
+def _fenced(title: str, text: str) -> str:
+    """A block that shows text as it is, also text with fences of its own."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in text.replace("\n", " ").split(" ") if set(run) == {"`"}), default=0))
+    return f"{title}\n\n{ticks}\n{text}\n{ticks}"

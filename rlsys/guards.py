@@ -32,7 +32,9 @@ class GuardSettings(Settings):
     drift: float = Field(0.5, gt=0, description="mean log-prob difference of sampler and trainer, in nats")
     truncated_rise: float = Field(0.3, gt=0, le=1, description="rise of the truncated share above the run's first iterations")
     zero_variance_share: float = Field(0.95, gt=0, le=1, description="share of groups without any difference between samples")
-    reward_jump: float = Field(0.25, gt=0, description="rise of the mean reward within ten iterations, in parts of its range so far plus 1e-6")
+    reward_jump: float = Field(
+        0.25, gt=0, description="rise of the mean reward within ten iterations, in parts of its range so far plus 1e-6"
+    )
     length_share: float = Field(0.5, gt=0, lt=1, description="completion length below this share of what it was, at such a jump")
 
 
@@ -64,8 +66,14 @@ class Guards:
                 self._entropy,
                 "`rlsys samples RUN` for answers that are all alike; a larger clip_high, an entropy bonus, a lower learning rate",
             ),
-            "exploding ratio": (self._ratio, "train/ratio_max, train/clip_share and staleness/mean; a lower learning rate or fewer updates"),
-            "exploding gradient": (self._gradient, "train/grad_norm and train/skipped; a lower learning rate, gradient_clip, longer warm-up"),
+            "exploding ratio": (
+                self._ratio,
+                "train/ratio_max, train/clip_share and staleness/mean; a lower learning rate or fewer updates",
+            ),
+            "exploding gradient": (
+                self._gradient,
+                "train/grad_norm and train/skipped; a lower learning rate, gradient_clip, longer warm-up",
+            ),
             "log-prob drift": (
                 self._drift,
                 "whether sampler and trainer use the same dtype and chat template; learner.correction bounds what it does",

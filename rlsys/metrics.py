@@ -33,7 +33,10 @@ BEST_CURVES = (
         (
             ("Completion length (tokens)", ("data/completion_tokens_mean", "data/completion_tokens_max")),
             ("Truncated share", ("data/truncated_share",)),
-            ("Groups", ("data/groups_trained", "data/groups_filtered", "data/groups_failed", "data/groups_rejected", "data/groups_dropped")),
+            (
+                "Groups",
+                ("data/groups_trained", "data/groups_filtered", "data/groups_failed", "data/groups_rejected", "data/groups_dropped"),
+            ),
         ),
     ),
     ("3 staleness", (("Staleness (versions)", ("staleness/mean", "staleness/max")),)),

@@ -58,6 +58,10 @@ def event_line(event: Event) -> str | None:
         return event.name
     if event.name == "stalled":
         return f"nothing has moved for {data['for_s']:g} s: {data['why']}"
+    if event.name == "guard":
+        return f"guard: {data['guard']} at iteration {data['iteration']}: {data['what']}. Look at: {data['look']}"
+    if event.name == "logger failed":
+        return f"logger {data['logger']} failed and is left out: {data['error']}"
     if event.name == "moving again":
         return "it moves again"
     if event.name == "weights refused":

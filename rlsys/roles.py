@@ -35,6 +35,7 @@ def run_role(spec_json: str) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     config = load_run(Path(spec.run_dir))
     node = Node(spec)
+    node.recorder.keep = config.observe.intervals
     on_terminate(node)
     try:
         ROLES[spec.role](node, config)
@@ -146,6 +147,9 @@ def _learner(node: Node, config: RunConfig) -> None:
             publish_dtype=config.weights.dtype,
             host=config.transport.host,
             settings=config.learner,
+            histograms=config.observe.histograms,
+            samples_every=config.observe.samples_every,
+            samples=config.observe.samples,
         ),
     )
 

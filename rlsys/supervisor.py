@@ -199,6 +199,8 @@ class Supervisor:
             control.send(peer, ClockEcho(sent_s=message.sent_s, received_s=received_s, replied_s=now_s()))
         elif isinstance(message, Event):
             self._on_phase(message)
+            if message.name == "guard" and message.data.get("stop"):
+                self.stop("failed", f"guard: {message.data['guard']} at iteration {message.data['iteration']}: {message.data['what']}")
             self.on_event(message)
         elif isinstance(message, Snapshot):
             self.view.snapshot = message.values
@@ -281,7 +283,11 @@ class Supervisor:
         self._stalled = stalled
 
     def _tell(self, name: str, **data: Any) -> None:
-        self.on_event(Event(identity="supervisor", time_s=time.time(), name=name, data=data))
+        """An event of the supervisor's own: shown, and appended to metrics.jsonl beside those that the dashboard writes."""
+        event = Event(identity="supervisor", time_s=time.time(), name=name, data=data)
+        with (self.run_dir.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"time_s": event.time_s, "identity": event.identity, "event": name, **data}) + "\n")
+        self.on_event(event)
 
     def _explain(self) -> Explanation:
         return explain(self._states, limits(self.config), now_s())

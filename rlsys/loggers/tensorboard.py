@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
@@ -19,11 +21,17 @@ from tensorboard.plugins.histogram import metadata as histograms
 from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
+from tensorboard.summary import Writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from rlsys.loggers import LoggedRun
 from rlsys.metrics import BEST_CURVES, tag
+
+
+def curves(directory: Path) -> Any:
+    """A plain writer of scalars into `directory`, for training without a run directory; here because tensorboard has this one door."""
+    return Writer(str(directory))
 
 
 class TensorBoardLogger:

@@ -143,7 +143,7 @@ class _Progress:
     """Writes metrics.jsonl and the curves, and shows a bar on a terminal, lines elsewhere."""
 
     def __init__(self, out: Path, steps: int, stream: TextIO, *, bar: bool) -> None:
-        from rlsys.dashboard import curves
+        from rlsys.loggers.tensorboard import curves
 
         self._metrics = (out / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._board = curves(out / "tensorboard")

@@ -2,31 +2,68 @@
 
 import json
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
+from rlsys.metrics import SECTIONS, exposed, tag
 from tests.system.conftest import Run
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
+NAME = re.compile(r"`([a-z_]+/[a-z_0-9<>]+)`")
+
+
+def documented() -> dict[str, str]:
+    """Name -> its row. Rows that say "only" are of numbers that not every run has; "histogram" is a unit."""
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    return {name: row for row in rows for name in NAME.findall(row.split("|")[1])}
 
 
 def test_names_of_a_run(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config["iterations"] = 2
+    config["observe"] = {"prometheus": True, "samples_every": 2, "samples": 3}
     run = start(config)
+    address = run.until(lambda status: status.get("prometheus"), "an address to scrape")
+    with urllib.request.urlopen(address, timeout=10) as response:
+        scraped = response.read().decode()
+    assert address.startswith("http://127.0.0.1:")
+    assert f'{exposed("queues/groups_outstanding")}{{run="run"}} ' in scraped
     assert run.wait() == 0, run.err
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     names = {name for record in records if "iteration" in record for name in record if "/" in name}
     assert {"reward/mean", "staleness/max", "train/loss", "eval/pass_at_1", "idle/learner", "train/clip_share", "train/entropy"} <= names
 
-    documented = [re.escape(name) for name in re.findall(r"`([a-z_]+/[a-z_0-9<>]+)`", DOCUMENT.read_text())]
-    patterns = [re.compile(re.sub(r"<[a-z]+>", "[a-z_0-9]+", name.replace("\\<", "<").replace("\\>", ">"))) for name in documented]
-    assert not [name for name in sorted(names) if not any(pattern.fullmatch(name) for pattern in patterns)]
+    rows = documented()
+    patterns = [re.compile(re.sub("<[a-z]+>", "[a-z_0-9]+", name)) for name in rows]
+    assert not [name for name in sorted(names) if not any(pattern.fullmatch(name) for pattern in patterns)], "not documented"
+    drawn = {name for name, row in rows.items() if "| histogram |" in row}
+    always = {name for name, row in rows.items() if "<" not in name and "only " not in row} - drawn
 
     board = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"tensors": 0})
     board.Reload()
-    assert set(board.Tags()["tensors"]) == names
-    assert [event.step for event in board.Tensors("reward/mean")] == [0, 1]
-    assert [event.step for event in board.Tensors("eval/pass_at_1")] == [0, 2]
+    plugins = {tag: board.SummaryMetadata(tag).plugin_data.plugin_name for tag in board.Tags()["tensors"]}
+    of = {kind: {tag for tag, plugin in plugins.items() if plugin == kind} for kind in ("scalars", "histograms", "text")}
+    assert of["scalars"] == {tag(name) for name in names}
+    assert {tag(name) for name in always} <= of["scalars"], "every documented scalar is there"
+    assert of["histograms"] == {tag(name) for name in drawn}
+    assert {t.partition("/")[0] for t in of["scalars"]} == {section for section, _ in SECTIONS} - {"9_more"}
+    assert [event.step for event in board.Tensors("1_learning/reward/mean")] == [0, 1]
+    assert [event.step for event in board.Tensors("1_learning/eval/pass_at_1")] == [0, 2]
+    lengths = make_ndarray(board.Tensors("2_data/data/completion_lengths")[0].tensor_proto)
+    assert lengths[:, 2].sum() == 16, "every sample of the iteration has a place"
+    assert of["text"] == {f"samples/{i}" for i in range(3)}
+    text = make_ndarray(board.Tensors("samples/0")[0].tensor_proto)[0].decode()
+    assert "accepted" in text
+    assert "prompt" in text
+    assert "completion" in text
+    parameters = board.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert b"learner.optimizer.lr" in parameters.content
+    assert "custom_scalars__config__" in plugins
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=10)

@@ -168,9 +168,9 @@ def load(path: Path, step: TrainStep, *, verified: bool = False) -> Checkpoint:
     for what, expected in step.about().items():
         if checkpoint.about.get(what) != expected:
             raise DataError(f"{path}: the checkpoint's {what} is {checkpoint.about.get(what)}, this run's is {expected}")
-    shapes = {name: shape for name, (shape, _) in checkpoint.tensors.items() if not name.startswith("rng.")}
+    held = {name: whole for name, whole in checkpoint.tensors.items() if not name.startswith("rng.")}
     try:
-        targets = step.state_to_fill(shapes)
+        targets = step.state_to_fill(held)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     random = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in _random_shapes(checkpoint, step.group.rank).items()}

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from learner import attention
 from learner.logprobs import head_logprobs
+from learner.optimizers import Trained
 from learner.packing import Block, MicroBatch
 from learner.parallel import Group, SingleProcess
 from learner.settings import Sharding
@@ -77,6 +78,11 @@ class CausalModel:
                 tensors[name] = value
         return tensors
 
+    def trained(self) -> list[Trained]:
+        """The parameters that are trained, tied weights once."""
+        tables = {id(self.network.get_input_embeddings().weight), id(self.head.weight)}
+        return [Trained(name, p, id(p) in tables) for name, p in self.network.named_parameters() if p.requires_grad]
+
     def token_logprobs(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs [T] of the micro-batch's trainable tokens and entropies [T] of their distributions, at the sampling temperature.
 
@@ -129,7 +135,8 @@ class _Policy(nn.Module):
         hidden_RLD = self.network.get_decoder()(**arguments).last_hidden_state
         hidden_TD = hidden_RLD.flatten(0, 1).index_select(0, hidden_T)
         head = self.network.get_output_embeddings()
-        return head_logprobs(hidden_TD, head.weight, head.bias, targets_T, temperature_T, entropy_gradient=entropy_gradient)
+        found = head_logprobs(hidden_TD, head.weight, head.bias, targets_T, temperature_T, entropy_gradient=entropy_gradient)
+        return found[0].clone(), found[1].clone()  # FSDP hangs its hook on these, which a view would lose
 
 
 def _layers(network: Any) -> list[nn.Module]:

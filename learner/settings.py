@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from learner.advantages import ADVANTAGES
 from learner.objectives import OBJECTIVES
+from learner.optimizers import OPTIMIZERS
 from learner.options import keyword_options
 from learner.steps import STEPS
 from protocol.errors import UnknownName
@@ -21,16 +22,40 @@ class _Settings(BaseModel):
 class OptimizerSettings(_Settings):
     """What turns a gradient into an update."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="AdamW, decoupled weight decay.")
+    name: str = Field(
+        default="adamw", description="adamw, muon, adamw_8bit, paged_adamw, paged_adamw_8bit, or your own 'package.module:function'."
+    )
     lr: float = Field(default=1e-6, gt=0, description="Peak learning rate; the schedule multiplies it.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of the first and second moment.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decay of weight matrices; never of norms and biases.")
+    momentum: float | None = Field(default=None, ge=0, lt=1, description="Of muon: share of the momentum that stays; 0.95 if not given.")
+    offload: bool = Field(
+        default=False,
+        description="On a GPU: keep the optimizer's state in host memory and compute updates there (sharded: masters and gradients too).",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="For an optimizer of your own, which reads them from its settings.")
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> OptimizerSettings:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1): at 1 a moment never forgets its start")
+        return self
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerSettings:
+        try:
+            check_name(self.name, OPTIMIZERS, "optimizer")
+        except UnknownName as error:
+            raise ValueError(str(error)) from None
+        if self.momentum is not None and self.name in OPTIMIZERS and self.name != "muon":
+            raise ValueError(f"momentum belongs to optimizer 'muon', {self.name!r} has betas")
+        if self.options and self.name in OPTIMIZERS:
+            raise ValueError(f"options are for an optimizer of your own; those of {self.name!r} stand beside its name")
+        if self.offload and (self.name.startswith("paged_") or self.name.endswith("_8bit")):
+            raise ValueError(
+                f"offload moves whole states to the host; {self.name!r} keeps them small or paged on the GPU: choose one of the two"
+            )
         return self
 
 

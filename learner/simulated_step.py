@@ -69,9 +69,9 @@ class SimulatedStep:
         """The weights; nothing else changes."""
         return {"simulated.weights": self._weights}
 
-    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def state_to_fill(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Tensor]:
         """The weights themselves. Raises DataError for tensors of another model."""
-        found = difference(shapes, {"simulated.weights": tuple(self._weights.shape)})
+        found = difference({name: shape for name, (shape, _) in tensors.items()}, {"simulated.weights": tuple(self._weights.shape)})
         if found:
             raise DataError(found)
         return self.live_state()

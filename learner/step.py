@@ -27,14 +27,7 @@ from torch.distributed.tensor import DTensor
 from learner.checkpoint import difference
 from learner.loss import Inputs, Loss
 from learner.model import CausalModel
-from learner.optim import (
-    build_optimizer,
-    empty_optimizer_tensors,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from learner.optim import Updater, learning_rate
 from learner.packing import MicroBatch, Skipped, TrainSample, Weighted, admit, assign, build, emptiest, plan, weigh
 from learner.parallel import Group
 from learner.regularisers import next_entropy_coefficient
@@ -88,9 +81,12 @@ class Step:
             directory = Path(settings.kl.reference) if settings.kl.reference else model_dir
             self._reference = CausalModel(directory, sharding="full" if self.sharded else "none", **shared)
             self._reference.network.requires_grad_(False)
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.network.named_parameters()}
-        self._parameters = [parameter for parameter in self.model.network.parameters() if parameter.requires_grad]
-        self._optimizer = build_optimizer(self._parameters, settings.optimizer)
+        trained = self.model.trained()
+        self._parameters = [one.parameter for one in trained]
+        offload = settings.optimizer.offload and not self.sharded  # sharded parameters are offloaded by FSDP
+        if offload and device.type == "cpu":
+            log.info("optimizer.offload changes nothing: the learner runs on a CPU, the optimizer's state is in host memory anyway")
+        self._updater = Updater(trained, settings.optimizer, on_host=offload and device.type != "cpu")
         self._entropy_coefficient = settings.entropy.coefficient
         self._corrected = settings.correction.mode in ("truncate", "mask")
 
@@ -100,7 +96,7 @@ class Step:
         A batch without a token to train on, or whose gradient is not finite, takes no optimizer step.
         """
         rate = learning_rate(self.settings.optimizer.lr, self.settings.schedule, iteration, total_iterations)
-        set_learning_rate(self._optimizer, rate)
+        self._updater.set_rate(rate)
         sound, refused = admit(samples)
         weighted = weigh(sound, self.settings.aggregation, self.settings.aggregation_length)
         useful = [i for i, sample in enumerate(sound) if self._loss.uses(sample)]
@@ -171,28 +167,27 @@ class Step:
     def live_state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, without copies: "model.<name>", "optimizer.<what>.<name>", "control.<what>"."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.named_tensors().items()}
-        tensors |= optimizer_tensors(self._optimizer, self._names)
+        tensors |= self._updater.state()
         return tensors | {
             "control.entropy_coefficient": torch.tensor(self._entropy_coefficient, dtype=torch.float64),
             "control.corrected": torch.tensor(self._corrected),
         }
 
-    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Tensors to load a state of these whole tensors into: the model's own, new ones for the rest. The inverse of `live_state`.
+    def state_to_fill(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Tensor]:
+        """Tensors to load a state of these whole shapes and dtypes into: the model's own, new ones for the rest. The inverse of `live_state`.
 
         Raises DataError with named differences when the state is of another model.
         """
         live = {name: tensor for name, tensor in self.live_state().items() if not name.startswith("optimizer.")}
-        given = {name: shape for name, shape in shapes.items() if not name.startswith("optimizer.")}
+        given = {name: shape for name, (shape, _) in tensors.items() if not name.startswith("optimizer.")}
         found = difference(given, {name: tuple(tensor.shape) for name, tensor in live.items()})
         if found:
             raise DataError(found)
-        held = {name: shape for name, shape in shapes.items() if name.startswith("optimizer.")}
-        return live | empty_optimizer_tensors(self._names, held)
+        return live | self._updater.state_to_fill({name: held for name, held in tensors.items() if name.startswith("optimizer.")})
 
     def adopt_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_to_fill` gave, once it was filled."""
-        load_optimizer_tensors(self._optimizer, self._names, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        self._updater.adopt({name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")})
         self._entropy_coefficient = float(tensors["control.entropy_coefficient"])
         self._corrected = bool(tensors["control.corrected"])
 
@@ -207,7 +202,7 @@ class Step:
     @torch.no_grad()
     def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `training_state`. Raises DataError when the tensors are not those of this model."""
-        targets = self.state_to_fill({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        targets = self.state_to_fill({name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()})
         for name, target in targets.items():
             fill(target, tensors[name])
         self.adopt_state(targets)
@@ -233,7 +228,7 @@ class Step:
         """One gradient and one optimizer step. Returns the work without samples that turned out not to be finite, and these."""
         broken: list[Skipped] = []
         kept: list[_Work] = []
-        self._optimizer.zero_grad(set_to_none=True)
+        self._updater.zero_grad()
         with phase("forward backward"):
             for planned in work:
                 for one, inputs in self._forward(weighted, planned, broken):
@@ -246,10 +241,10 @@ class Step:
         with phase("optimizer"):
             norm = as_number(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip))
             if np.isfinite(norm):
-                self._optimizer.step()
+                self._updater.step()
         if not np.isfinite(norm):
             broken += self._blame(weighted, kept)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._updater.zero_grad()
         tally.add_update(norm)
         return kept, broken
 
@@ -327,7 +322,7 @@ class Step:
         mine = [_Work(build(weighted, [[place]])) for one in work if not one.blank for place in one.batch.samples]
         for rank in range(self.group.size) if self.sharded else [self.group.rank]:  # sharded gradients are sums: one rank at a time
             for alone in self._in_step(mine if rank == self.group.rank else []):
-                self._optimizer.zero_grad(set_to_none=True)
+                self._updater.zero_grad()
                 loss = self._loss(
                     alone.batch, self._inputs(alone), corrected=self._corrected, entropy_coefficient=self._entropy_coefficient
                 )

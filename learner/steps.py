@@ -46,8 +46,8 @@ class TrainStep(Protocol):
     def live_state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, without copies; a sharded tensor is a DTensor."""
 
-    def state_to_fill(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Tensors to load a state of these whole tensors into. Raises DataError with named differences when it is of another model."""
+    def state_to_fill(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Tensor]:
+        """Tensors to load a state of these whole shapes and dtypes into. Raises DataError with named differences when it is of another model."""
 
     def adopt_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_to_fill` gave, once it was filled."""

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from learner.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from learner.optim import Updater, learning_rate
+from learner.optimizers import Trained
 from learner.settings import OptimizerSettings, ScheduleSettings
 from protocol.errors import DataError
 
@@ -36,21 +38,38 @@ def test_short_runs_have_a_rate(name: str) -> None:
         assert all(0 <= rate <= 2 and math.isfinite(rate) for rate in rates(total, name=name, warmup_iterations=2))
 
 
+def updater(layer: nn.Module, **settings: object) -> Updater:
+    trained = [Trained(name, parameter, False) for name, parameter in layer.named_parameters()]
+    return Updater(trained, OptimizerSettings.model_validate(settings))
+
+
 def test_only_matrices_decay() -> None:
     layer = nn.Linear(3, 2)
-    optimizer = build_optimizer(layer.parameters(), OptimizerSettings(lr=0.1, weight_decay=0.5))
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    optimizer.step()
+    updater(layer, lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(layer.weight.detach(), before["weight"] * 0.95)
     assert torch.equal(layer.bias.detach(), before["bias"])
 
 
 def test_state_of_a_foreign_parameter_is_refused() -> None:
-    layer = nn.Linear(3, 2)
-    optimizer = build_optimizer(layer.parameters(), OptimizerSettings())
-    names = {p: name for name, p in layer.named_parameters()}
-    assert optimizer_tensors(optimizer, names) == {}
+    found = updater(nn.Linear(3, 2))
+    assert found.state() == {}
     with pytest.raises(DataError, match=r"optimizer\.exp_avg\.head\.weight"):
-        load_optimizer_tensors(optimizer, names, {"optimizer.exp_avg.head.weight": torch.zeros(1)})
+        found.state_to_fill({"optimizer.exp_avg.head.weight": ((1,), "float32")})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adam"}, "did you mean 'adamw'"),
+        ({"momentum": 0.9}, "momentum belongs to optimizer 'muon'"),
+        ({"options": {"a": 1}}, "options are for an optimizer of your own"),
+        ({"name": "adamw_8bit", "offload": True}, "choose one of the two"),
+        ({"betas": (0.9, 1.0)}, "never forgets"),
+    ],
+)
+def test_settings_that_mean_nothing_are_explained(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OptimizerSettings.model_validate(settings)

@@ -101,6 +101,11 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
         jobs.append({"name": f"objective-{size}", "size": size, "settings": explosive, "counts": [9], "damage": "objective"})
     rough = settings("bfloat16", sharding="full")
     jobs += [{"name": f"rough-{size}", "size": size, "settings": rough, "counts": COUNTS} for size in (1, 2)]
+    for size, sharding in ((1, "none"), (2, "full")):
+        muon = settings("float32", sharding=sharding, optimizer={"lr": 1e-2, "name": "muon"})
+        jobs.append({"name": f"muon-{size}", "size": size, "settings": muon, "counts": COUNTS})
+    eight = settings("float32", sharding="full", optimizer={"name": "adamw_8bit"})
+    jobs.append({"name": "eight", "size": 2, "settings": eight, "counts": [3], "refused": True})
     for sharding in ("none", "full"):
         leave = settings("float32", sharding=sharding)
         jobs.append({"name": f"leave-{sharding}", "size": 2, "settings": leave, "counts": [3], "leave": 1})
@@ -112,7 +117,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
     return {
         job["name"]: Found(
             [json.loads((out / f"{job['name']}-{rank}.json").read_text()) for rank in range(job["size"])],
-            load_file(str(out / f"{job['name']}.safetensors")) if "leave" not in job else {},
+            load_file(str(out / f"{job['name']}.safetensors")) if not {"leave", "refused"} & job.keys() else {},
         )
         for job in jobs
     }
@@ -158,6 +163,21 @@ def test_sharding_goes_with_a_reference_model_and_gradient_checkpointing(found: 
     for values, expected in zip(found["options-2"].values, found["options-1"].values, strict=True):
         assert values == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert found["options-2"].values[-1]["reference_kl"] > 0
+
+
+def test_muon_moves_sharded_matrices_as_whole_ones(found: dict[str, Found]) -> None:
+    """Its orthogonalisation is in bfloat16, so only near; rows that were orthogonalised shard by shard would be far off."""
+    alone, together = found["muon-1"], found["muon-2"]
+    for values, expected in zip(together.values, alone.values, strict=True):
+        assert values["loss"] == pytest.approx(expected["loss"], rel=0.02, abs=1e-3)
+    for name, tensor in alone.state.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(together.state[name], tensor, rtol=0.02, atol=0.003)
+
+
+def test_quantised_state_of_shards_is_refused(found: dict[str, Found]) -> None:
+    for one in found["eight"].ranks:
+        assert one["error"].startswith("ConfigError: optimizer 'adamw_8bit' quantises blocks of whole tensors")
 
 
 @pytest.mark.parametrize("damage", ["token", "objective"])

@@ -173,8 +173,7 @@ def test_a_sample_whose_log_probs_break_is_left_out_of_its_micro_batch(model_dir
     step = make_step(model_dir, dtype="float32", layout=layout)
     untied = step.model.trunk.get_input_embeddings()
     weight = untied.weight.detach().clone()
-    step.model.head.weight = torch.nn.Parameter(weight)
-    step._parameters.append(step.model.head.weight)
+    step.model.head.weight = torch.nn.Parameter(weight)  # untied; not trained, so the step leaves it alone
     with torch.no_grad():
         untied.weight[token] = float("nan")
     metrics = step.train(samples, 0, 1)

@@ -4,7 +4,8 @@ The process imports torch once and forks the ranks, which run a list of jobs one
 writes what it found to `<out>/<job>-<rank>.json`, rank 0 the whole training state of the job's end beside it.
 
     {"out": "...", "timeout_s": 60, "jobs": [{"name": "two", "size": 2, "model": "...", "settings": {...}, "counts": [17, 9], "first": 0,
-                                              "load": "a checkpoint", "save": ["a directory", 5], "damage": "token or objective", "leave": 1, "refused": true}]}
+                                              "load": "a checkpoint", "save": ["a directory", 5], "damage": "token",
+                                              "leave": 1, "refused": true}]}
 """
 
 from __future__ import annotations

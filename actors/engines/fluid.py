@@ -1,8 +1,10 @@
 """A device that samples many sequences at once, as a fluid: exact, pure, and cheap to move from event to event.
 
 Continuous batching is described by two rates: one sequence alone gets `sample_rate` tokens per second, and all together get at most
-`total_rate`, shared equally. n running sequences therefore each advance by min(sample_rate, total_rate / n) tokens per second, all by the
-same amount, so one counter of progress and a heap of ends describe all of them: an event costs O(log n), and no time step is taken between.
+`total_rate`, shared equally. n running sequences therefore each advance by min(sample_rate, total_rate / n) tokens per second (a device that
+reads its weights and computes at the same time), or, `additive`, by 1 / (1 / sample_rate + (n - 1) / total_rate) (a CPU, which does one after the
+other). All advance by the same amount, so one counter of progress and a heap of ends describe all of them: an event costs O(log n), and no time
+step is taken between.
 
     waiting --(free slot; its prefill holds everyone up)--> running --(progress reaches its length)--> ended
 
@@ -26,10 +28,10 @@ class FluidDevice(Generic[Key]):
     Raises ValueError for rates or slots that are not above 0.
     """
 
-    def __init__(self, *, sample_rate: float, total_rate: float, slots: int) -> None:
+    def __init__(self, *, sample_rate: float, total_rate: float, slots: int, additive: bool = False) -> None:
         if not (sample_rate > 0 and total_rate > 0 and slots > 0):
             raise ValueError(f"a device of {sample_rate} tokens/s per sample, {total_rate} in all and {slots} slots; all must be above 0")
-        self.sample_rate, self.total_rate, self.slots = sample_rate, total_rate, slots
+        self.sample_rate, self.total_rate, self.slots, self._additive = sample_rate, total_rate, slots, additive
         self.now = 0.0
         self.tokens = 0.0
         """Sampled since the start."""
@@ -113,6 +115,8 @@ class FluidDevice(Generic[Key]):
         return ended
 
     def _rate(self) -> float:
+        if self._additive:
+            return 1.0 / (1.0 / self.sample_rate + (len(self._running) - 1) / self.total_rate)
         return min(self.sample_rate, self.total_rate / len(self._running))
 
     def _pass(self, until: float, rate: float) -> None:

@@ -23,6 +23,9 @@ class SamplingFigures(Settings):
     tokens_per_s_sample: float = Field(gt=0, description="tokens per second of a sample that runs alone")
     tokens_per_s: float = Field(gt=0, description="tokens per second of all samples of the device together")
     slots: Positive = Field(64, description="samples that run at once")
+    additive: bool = Field(
+        False, description="a step takes a fixed part and one for each sample in turn, as on a CPU, not the longer of both"
+    )
     prefill_tokens_per_s: float | None = Field(None, gt=0, description="prompt tokens per second; not given, prompts cost nothing")
     update_s: float = Field(0.0, ge=0, description="how long a weight update holds up everything that runs")
 
@@ -56,6 +59,7 @@ class Figures(Settings):
     training: TrainingFigures = Field(description="one learner device")
     reward: RewardFigureSettings = Field(default_factory=RewardFigureSettings, description="the scoring fleet")
     switch_s: float = Field(0.0, ge=0, description="to turn all devices from sampling to training, or back (colocated schedules)")
+    cores: Positive | None = Field(None, description="all parts share so many CPU cores; not given, every device is its own")
     dispatch_s: float = Field(0.0, ge=0, description="of one iteration for everything between the parts: messages, batching, journal")
 
     @property

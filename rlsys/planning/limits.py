@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 from actors.dispatcher import sample_seed
 from actors.engines.lengths import Lengths
-from rlsys.planning.figures import Figures
+from rlsys.planning.figures import Figures, SamplingFigures
 
 POINTS = 400
 """Of the quadrature of the expected longest sample; twice as many change it by less than 0.1 %."""
@@ -82,10 +82,16 @@ def drawn_load(figures: Figures, seed: int, first: int, last: int) -> Load:
     return Load(tokens=sum(map(sum, drawn)) / len(drawn), longest=sum(map(max, drawn)) / len(drawn))
 
 
+def full_rate(sampling: SamplingFigures) -> float:
+    """Tokens per second of a device with every slot taken."""
+    alone, together, slots = sampling.tokens_per_s_sample, sampling.tokens_per_s, sampling.slots
+    return slots / (1 / alone + (slots - 1) / together) if sampling.additive else min(together, slots * alone)
+
+
 def sampling_work_s(figures: Figures, load: Load) -> float:
     """Device-seconds to sample one iteration at the device's full rate, prompts included."""
     sampling = figures.sampling
-    work = load.tokens / sampling.tokens_per_s
+    work = load.tokens / full_rate(sampling)
     if sampling.prefill_tokens_per_s is not None:
         work += figures.groups_per_iteration * figures.prompt_tokens / sampling.prefill_tokens_per_s
     return work

@@ -9,11 +9,12 @@ the same. What is sampled of a group that was given up is sampled to its end, as
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.dispatcher import sample_seed
 from actors.engines.fluid import FluidDevice
@@ -38,6 +39,8 @@ class Outcome:
     """What each generator device did: (start, end, "sampling" | "update")."""
     learner: list[Interval]
     """(start, end, "train" | "publish" | "waiting:samples" | "waiting:rewards")."""
+    scoring: list[Interval]
+    """(start, end, "scoring") of every sample that takes time to score."""
     tokens: float
     staleness_max: int
     dropped: int
@@ -71,6 +74,41 @@ class Outcome:
             for name, share in shares(device, start, end, rest="idle:pacing").items():
                 total[name] = total.get(name, 0.0) + share / len(self.generators)
         return total
+
+
+def share_cores(outcome: Outcome, cores: int) -> Outcome:
+    """The same run when everything that is busy shares so many cores evenly: while k parts are busy, all are slower by max(1, k / cores).
+
+    One factor holds for all at a time, so the order of events stays and only the clock is stretched.
+    """
+    busy = [interval for device in outcome.generators for interval in device] + outcome.scoring
+    busy += [interval for interval in outcome.learner if interval[2] in ("train", "publish")]
+    edges = sorted([(a, 1) for a, b, _ in busy if b > a] + [(b, -1) for a, b, _ in busy if b > a])
+    stops, stretched = [0.0], [0.0]
+    count = 0
+    for at, change in edges:
+        if at > stops[-1]:
+            stretched.append(stretched[-1] + (at - stops[-1]) * max(1.0, count / cores))
+            stops.append(at)
+        count += change
+
+    def real(time: float) -> float:
+        place = min(bisect.bisect_right(stops, time), len(stops) - 1)
+        before = max(0, place - 1)
+        if time >= stops[-1]:
+            return stretched[-1] + time - stops[-1]
+        return stretched[before] + (stretched[place] - stretched[before]) * (time - stops[before]) / (stops[place] - stops[before])
+
+    def moved(intervals: Sequence[Interval]) -> list[Interval]:
+        return [(real(a), real(b), name) for a, b, name in intervals]
+
+    return replace(
+        outcome,
+        published=[real(time) for time in outcome.published],
+        generators=[moved(device) for device in outcome.generators],
+        learner=moved(outcome.learner),
+        scoring=moved(outcome.scoring),
+    )
 
 
 def steady(iterations: int, max_staleness: int) -> tuple[int, int]:
@@ -133,6 +171,7 @@ class Simulation:
                     sample_rate=min(sampling.tokens_per_s_sample, share * sampling.tokens_per_s),
                     total_rate=share * sampling.tokens_per_s,
                     slots=max(1, round(share * sampling.slots)),
+                    additive=sampling.additive,
                 )
             )
             for share in device_shares
@@ -154,6 +193,7 @@ class Simulation:
         self._learner_free_s = 0.0
         self._learner: list[Interval] = []
         self._published: list[float] = []
+        self._scoring: list[Interval] = []
         self._tokens = 0.0
         self._staleness_max = 0
 
@@ -186,6 +226,7 @@ class Simulation:
             max_staleness=self._schedule.bound,
             generators=[generator.intervals for generator in self._generators],
             learner=self._learner,
+            scoring=self._scoring,
             tokens=self._tokens,
             staleness_max=self._staleness_max,
             dropped=len(self._given_up),
@@ -263,6 +304,8 @@ class Simulation:
         if seconds:
             done = max(at, self._sandboxes[0]) + seconds
             heapq.heapreplace(self._sandboxes, done)
+            if self._figures.cores is not None:
+                self._scoring.append((done - seconds, done, "scoring"))
         group = self._groups[group_id]
         group.left -= 1
         if not group.left:
@@ -379,7 +422,8 @@ def rules(schedule: ScheduleSettings, iterations: int, groups: int) -> tuple[Pac
 
 def simulate(figures: Figures, split: Split, schedule: ScheduleSettings, *, iterations: int, seed: int = 0) -> Outcome:
     """A run on two fleets."""
-    return Simulation(figures, split, schedule, iterations=iterations, seed=seed).run()
+    outcome = Simulation(figures, split, schedule, iterations=iterations, seed=seed).run()
+    return outcome if figures.cores is None else share_cores(outcome, figures.cores)
 
 
 def simulate_colocated(figures: Figures, *, iterations: int, seed: int = 0, devices: int | None = None) -> Outcome:

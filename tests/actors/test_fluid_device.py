@@ -37,6 +37,15 @@ def test_many_share_the_device_and_speed_up_as_others_end() -> None:
     assert many.tokens == pytest.approx(70 * 300)
 
 
+def test_an_additive_device_does_one_after_the_other() -> None:
+    """A step of 10 ms and 10 ms for each further sample: 50 samples take half a second for a token of each."""
+    slow: FluidDevice[int] = FluidDevice(sample_rate=100.0, total_rate=100.0, slots=50, additive=True)
+    for i in range(50):
+        slow.submit(i, 4)
+    assert slow.advance(1.99) == []
+    assert [at for at, _ in slow.advance(3.0)] == pytest.approx([2.0] * 50)
+
+
 def test_a_freed_slot_is_taken_at_that_instant() -> None:
     narrow = device(slots=1)
     narrow.submit("a", 110)

@@ -29,7 +29,7 @@ def figures(**changes: Any) -> Figures:
         "groups_per_iteration": 100,
         "group_size": 10,
         "lengths": {"mean": 100, "sigma": 0},
-        "sampling": {"tokens_per_s_sample": 10, "tokens_per_s": 1000},
+        "sampling": {"tokens_per_s_sample": 10, "tokens_per_s": 1000, "slots": 100},
         "training": {"tokens_per_s": 2000},
     }
     return Figures.model_validate({**content, **changes})
@@ -63,7 +63,7 @@ def test_a_batch_takes_at_least_its_work_on_all_generators() -> None:
 def test_updates_prompts_and_fixed_parts_count() -> None:
     one = figures(
         prompt_tokens=50,
-        sampling={"tokens_per_s_sample": 10, "tokens_per_s": 1000, "update_s": 2, "prefill_tokens_per_s": 500},
+        sampling={"tokens_per_s_sample": 10, "tokens_per_s": 1000, "slots": 100, "update_s": 2, "prefill_tokens_per_s": 500},
         training={"tokens_per_s": 2000, "fixed_s": 3, "publish_s": 4, "trained_share": 0.5},
     )
     limit = schedule_limit(one, LOAD, Split(generators=2, trainers=2), 1)

@@ -83,6 +83,16 @@ def test_no_schedule_beats_its_limit(generators: int, trainers: int, staleness: 
     assert out.published[-1] >= 10 * max(at_least.sampling, at_least.training, at_least.scoring) * (1 - 1e-9)
 
 
+def test_parts_that_share_cores_slow_each_other_down() -> None:
+    """Alone 10 s of sampling on 2 devices and 10 s of training: one at a time takes no longer on 2 cores, all three at once half as long again."""
+    alone = simulate(figures(cores=2), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4)
+    assert alone.s_per_iteration == pytest.approx(20)
+    assert simulate(figures(cores=1), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4).s_per_iteration == pytest.approx(30)
+    together = simulate(figures(cores=2), Split(generators=2, trainers=1), ONE_OFF, iterations=8)
+    assert together.s_per_iteration == pytest.approx(15)
+    assert together.learner_shares()["train"] == pytest.approx(1.0)
+
+
 def test_the_steady_part_lies_inside_the_run() -> None:
     for iterations in range(1, 12):
         for staleness in range(4):

@@ -61,7 +61,7 @@ TOKENS = 10
 """Tokens of the profile that one token of the run stands for."""
 SAMPLE_S = 0.008
 """Real seconds that a sample is given: several times what all processes together need for it, so that they are not what is measured."""
-SHORTEST_S = 3.0
+SHORTEST_S = 5.0
 """Real seconds of an iteration at least."""
 
 
@@ -261,7 +261,8 @@ def report(figures: Figures, setting: Setting, measured: dict[str, Any]) -> dict
     if setting.schedule == COLOCATED:
         limit, by = colocated_limit_s(figures, load), "all in turn"
     else:
-        found = schedule_limit(figures, load, Split(generators=setting.generators, trainers=setting.trainers), bound)
+        parts = settings(setting.schedule).parts
+        found = schedule_limit(figures, load, Split(generators=setting.generators, trainers=setting.trainers), bound, parts)
         limit, by = found.seconds, found.bound
     tightest = max(limit, setting.predicted_s)
     seconds = measured["measured_s"]

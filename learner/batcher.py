@@ -324,7 +324,10 @@ class Batcher:
 
 
 def _trained_versions(trajectory: Trajectory, mask: np.ndarray[tuple[int], np.dtype[np.bool_]], iteration: int) -> tuple[int, int]:
-    versions = token_versions(trajectory.spans)[mask]
+    spans = trajectory.spans
+    if len(spans) and mask.all():  # as a rule: no need to look at single tokens
+        return int(spans[0, 0]), int(spans[-1, 0])
+    versions = token_versions(spans)[mask]
     return (int(versions.min()), int(versions.max())) if len(versions) else (iteration, iteration)
 
 
@@ -363,13 +366,18 @@ def outcome(
 STATES: tuple[TerminalState, ...] = ("trained", "filtered", "rejected", "dropped", "superseded", "failed")
 
 
+_ZERO = np.zeros(1, np.int64)
+
+
 def describe(groups: Sequence[Group], outcomes: Sequence[GroupOutcome], iteration: int, max_staleness: int) -> dict[str, float]:
     """What an iteration looks like: its batches, and the groups that ended without a place in them. Names are those of docs/metrics.md."""
     members = [t for group in groups for t in group.trajectories]
     scores = np.array([float(t.score) for t in members if t.score is not None])
     lengths = np.array([len(t.token_ids) for t in members])
-    ages = np.concatenate([iteration - token_versions(t.spans) for t in members]) if members else np.zeros(0)
-    staleness = ages[ages <= max_staleness]
+    spans = np.concatenate([t.spans for t in members]) if members else np.zeros((0, 3), np.int32)
+    starts = np.concatenate([np.append(0, t.spans[:-1, 2]) if len(t.spans) > 1 else _ZERO[: len(t.spans)] for t in members] or [_ZERO[:0]])
+    ages, counts = iteration - spans[:, 0], spans[:, 2] - starts  # of each span, and its tokens
+    young = ages <= max_staleness
     states = [o.state for o in outcomes]
     reasons = {f"data/groups_{state}": float(states.count(state)) for state in STATES}
     latest = {group.group_id: group.trajectories[0].iteration for group in groups}
@@ -383,11 +391,11 @@ def describe(groups: Sequence[Group], outcomes: Sequence[GroupOutcome], iteratio
         "data/completion_tokens_max": float(lengths.max()),
         "data/truncated_share": float(np.mean([t.finish_reason == "length" for t in members])),
         "data/tokens": float(lengths.sum()),
-        "staleness/mean": float(staleness.mean()) if len(staleness) else 0.0,
-        "staleness/max": float(staleness.max()) if len(staleness) else 0.0,
+        "staleness/mean": float((ages * counts)[young].sum() / max(1, counts[young].sum())),
+        "staleness/max": float(ages[young].max()) if young.any() else 0.0,
         "staleness/mixed_share": float(np.mean([len(t.spans) > 1 for t in members])),
         "reward/scoring_s_mean": float(np.mean([t.scoring_s for t in members])),
-        "staleness/too_old_share": float(np.mean(ages > max_staleness)) if len(ages) else 0.0,
+        "staleness/too_old_share": float(counts[~young].sum() / max(1, counts.sum())),
         "data/groups_replaced": float(sum(o.state in ("filtered", "failed") and not o.in_batch for o in outcomes)),
         "data/groups_early": float(sum(last > iteration for last in placed)),
         "data/groups_late": float(sum(last < iteration for last in placed)),

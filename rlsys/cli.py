@@ -60,6 +60,22 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("-n", "--lines", type=_count, default=40, help="lines from the end of each log (default 40)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
 
+    plan = _command(
+        commands, "plan", _plan, "size the fleets: which split of the devices, how long an iteration takes, what waits for what"
+    )
+    _config_arguments(plan)
+    plan.add_argument("--devices", type=int, metavar="N", help="devices in all (default: as configured)")
+    plan.add_argument(
+        "--figures", type=Path, metavar="FILE", help="figures of the devices as YAML; see docs/plan.md and benchmarks/profiles"
+    )
+    plan.add_argument(
+        "--measure", action="store_true", help="take the figures on this machine with the configured engine, learner and reward"
+    )
+    plan.add_argument("--save-figures", type=Path, metavar="FILE", help="write the figures that were used")
+    plan.add_argument("--device-memory", type=float, metavar="GB", help="memory of one device, to see whether generators and learners fit")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of what each device would do")
+    plan.add_argument("--json", action="store_true", help="for machines")
+
     grade = _command(
         commands, "grade", _grade, "score submissions with a reward, isolated as in training: the sandbox as a command of its own"
     )
@@ -155,6 +171,22 @@ def _up(options: argparse.Namespace) -> int:
     from rlsys.commands import up
 
     return up(options.config, options.overrides, options.run_dir, detach=options.detach, plain=options.plain or None, as_json=options.json)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rlsys.planning.command import plan
+
+    return plan(
+        options.config,
+        options.overrides,
+        devices=options.devices,
+        figures_file=options.figures,
+        measure=options.measure,
+        write_figures=options.save_figures,
+        device_memory_gb=options.device_memory,
+        html=options.html,
+        as_json=options.json,
+    )
 
 
 def _grade(options: argparse.Namespace) -> int:

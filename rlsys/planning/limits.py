@@ -126,14 +126,17 @@ def batch_latency_s(figures: Figures, load: Load, generators: float) -> float:
     return max(load.longest / alone, sampling_work_s(figures, load) / generators)
 
 
-def schedule_limit(figures: Figures, load: Load, split: Split, max_staleness: int) -> Limit:
-    """The limit of any schedule with this bound on this split."""
+def schedule_limit(figures: Figures, load: Load, split: Split, max_staleness: int, parts: int = 1) -> Limit:
+    """The limit of any schedule with this bound on this split.
+
+    With `parts`, an iteration is trained in so many steps as its groups come: only the last one must follow the last sample.
+    """
     reward, trained = figures.reward, train_s(figures, load, split.trainers)
     return Limit(
         sampling=sampling_work_s(figures, load) / split.generators + figures.sampling.update_s,
         training=trained,
         scoring=figures.samples * reward.seconds / reward.sandboxes,
-        latency=(batch_latency_s(figures, load, split.generators) + reward.seconds + trained) / (max_staleness + 1),
+        latency=(batch_latency_s(figures, load, split.generators) + reward.seconds + trained / parts) / (max_staleness + 1),
     )
 
 

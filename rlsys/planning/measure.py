@@ -1,0 +1,294 @@
+"""Figures of this machine, taken in one process with the configured engine, learner and reward, in well under two minutes.
+
+    problems --> engine (steps timed by how many samples run) --> reward (timed alone) --> learner's step (timed at two sizes) --> figures
+
+Sampling: least squares of the seconds of a step on (1, running samples, prompt tokens prefilled). Training: two batches, of all samples and of
+half of them, give the part that grows with tokens and the part that does not. Rewards are timed one at a time. What the processes need between
+these parts is a constant, measured on runs of the ring (docs/figures.md).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from actors.dataset import read_problems
+from actors.dispatcher import sample_seed
+from actors.engines import ENGINES, Engine, EngineOptions, Sampled, SampleRequest, Sampling
+from actors.rewards import REWARDS, Reward, Sample
+from actors.text import Text, stop_token_ids
+from protocol.errors import ConfigError, InfrastructureFault
+from protocol.messages import Version
+from protocol.registry import resolve
+from rlsys.config import RunConfig
+from rlsys.planning.figures import Figures
+
+SAMPLING_S = 25.0
+"""Time for sampling, after which what still runs is aborted."""
+REWARDS_S = 20.0
+"""Time for rewards."""
+DISCARD = 4
+"""Rewards that are scored before the clock starts, because the first ones start processes."""
+RING_S = 0.0015
+"""CPU-seconds of a sample for messages, journal, batching and bookkeeping in all processes together, on the machine of docs/figures.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A completion with the problem and group it belongs to."""
+
+    group: int
+    problem: dict[str, Any]
+    prompt_ids: Any
+    sampled: Sampled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRates:
+    """Seconds of a step: fixed + running * each + prefilled * prompt."""
+
+    fixed_s: float
+    each_s: float
+    prompt_s: float
+
+
+def _clock(on_cpu: bool) -> Callable[[], float]:
+    """What parts on the CPU are timed by: their own CPU time, which other programs on the machine do not change; devices by the wall clock."""
+    return time.process_time if on_cpu else time.perf_counter
+
+
+def _descendants_cpu_s() -> float:
+    """CPU time of everything that this process started, running or reaped."""
+    ticks, parents = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)], ticks[int(entry.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+    ours, found = set(), {os.getpid()}
+    while found:
+        ours |= found
+        found = {pid for pid, parent in parents.items() if parent in ours} - ours
+    return sum(ticks[pid] for pid in ours) / os.sysconf("SC_CLK_TCK")
+
+
+def fit_steps(steps: list[tuple[float, int, int]]) -> SamplingRates:
+    """Least squares over (seconds, running samples, prompt tokens prefilled) of each step; no part is below 0.
+
+    The slowest twentieth is left out: there the machine did something else.
+    """
+    table = np.array(sorted(steps)[: max(3, len(steps) * 19 // 20)], np.float64)
+    columns = [0, 1] + ([2] if table[:, 2].any() else [])
+    design = np.stack([np.ones(len(table)), table[:, 1], table[:, 2]])[columns].T
+    found, *_ = np.linalg.lstsq(design, table[:, 0], rcond=None)
+    values = dict(zip(columns, np.maximum(found, 1e-9).tolist(), strict=True))
+    return SamplingRates(fixed_s=values[0], each_s=values[1], prompt_s=values.get(2, 0.0))
+
+
+def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
+    """Measure. Raises ConfigError for parts that cannot be measured in one process."""
+    if config.generators.engine == "simulated" or config.learner.step == "simulated" or config.rewarders.reward == "simulated":
+        raise ConfigError("--measure: a simulated run states its figures itself; leave --measure out")
+    started = time.monotonic()
+    rates, drawn, update_s = _measure_sampling(config)
+    tokens = sum(len(d.sampled.token_ids) for d in drawn)
+    say(f"{time.monotonic() - started:5.1f} s  sampled {len(drawn)} completions of {tokens / len(drawn):.0f} tokens on average")
+    on_cpu = config.generators.device == "cpu" and config.learner.device != "cuda"
+    scores, reward_s = _measure_rewards(config, drawn, on_cpu=on_cpu)
+    say(f"{time.monotonic() - started:5.1f} s  scored {len(scores)} of them in {1e3 * reward_s:.1f} ms each")
+    trained_share = _trained_share(config, drawn, scores)
+    per_token_s, fixed_s, publish_s = _measure_training(config, drawn)
+    say(
+        f"{time.monotonic() - started:5.1f} s  trained at {1 / per_token_s:,.0f} tokens/s; {trained_share:.0%} of the tokens have an advantage"
+    )
+    lengths = sorted(len(d.sampled.token_ids) for d in drawn)
+    file = Path(tempfile.mkdtemp(prefix="rlsys-plan-")) / "lengths.json"
+    file.write_text(str(lengths))
+    prompts = [len(d.prompt_ids) for d in drawn]
+    return Figures.model_validate(
+        {
+            "name": config.name,
+            "devices": config.generators.count + config.learner.ranks,
+            "groups_per_iteration": config.sampling.groups_per_iteration,
+            "group_size": config.sampling.group_size,
+            "prompt_tokens": float(np.mean(prompts)),
+            "lengths": {"file": str(file)},
+            "sampling": {
+                "tokens_per_s_sample": 1 / (rates.fixed_s + rates.each_s),
+                "tokens_per_s": 1 / rates.each_s,
+                "additive": True,
+                "slots": config.generators.slots,
+                "prefill_tokens_per_s": 1 / rates.prompt_s if rates.prompt_s > 0 else None,
+                "update_s": update_s,
+            },
+            "training": {"tokens_per_s": 1 / per_token_s, "fixed_s": fixed_s, "publish_s": publish_s, "trained_share": trained_share},
+            "reward": {
+                "seconds": reward_s + (RING_S if on_cpu else 0.0),
+                "sandboxes": config.rewarders.count * config.rewarders.concurrency,
+            },
+            "cores": os.cpu_count() if on_cpu else None,
+        }
+    )
+
+
+def _measure_sampling(config: RunConfig) -> tuple[SamplingRates, list[Drawn], float]:
+    settings, sampling = config.generators, config.sampling
+    clock = _clock(settings.device == "cpu")
+    text, problems = Text(config.model.path), read_problems(config.data.train)
+    context = config.model.max_context or 1 << 20
+    engine: Engine = resolve(settings.engine, ENGINES, "engine")(
+        EngineOptions(
+            model_path=config.model.path,
+            max_context=context,
+            slots=settings.slots,
+            threads=settings.threads,
+            dtype=settings.dtype,
+            device=settings.device,
+            extra=dict(settings.options),
+        )
+    )
+    try:
+        engine.load_weights(config.model.path, Version(0))
+        stops = stop_token_ids(config.model.path) if sampling.stop_token_ids is None else sampling.stop_token_ids
+        draw = Sampling(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=tuple(stops),
+        )
+        groups = max(3, -(-3 * settings.slots // sampling.group_size))
+        chosen = problems[:groups] if len(problems) >= groups else (problems * groups)[:groups]
+        prompts = text.encode_prompts([p.prompt for p in chosen], config.data.prompt_template, config.data.chat)
+        payloads = [msgpack.unpackb(p.payload) for p in chosen]
+        steps: list[tuple[float, int, int]] = []
+        drawn: list[Drawn] = []
+        waiting = list(range(len(chosen)))
+        until = time.monotonic() + SAMPLING_S
+        while waiting or engine.load.running or engine.load.waiting:
+            load = engine.load
+            while waiting and load.running + load.waiting < load.capacity:
+                i = waiting.pop(0)
+                seeds = tuple(sample_seed(config.seed, i, k) for k in range(sampling.group_size))
+                engine.submit(SampleRequest(request_id=str(i), prompt_ids=prompts[i], seeds=seeds, sampling=draw))
+                load = engine.load
+            begun = clock()
+            ended = engine.step(0.1)
+            seconds = clock() - begun
+            after = engine.load
+            steps.append((seconds, after.tokens_sampled - load.tokens_sampled, after.tokens_prefilled - load.tokens_prefilled))
+            for sampled in ended:
+                if sampled.finish_reason != "abort":
+                    i = int(sampled.request_id)
+                    drawn.append(Drawn(group=i, problem=payloads[i], prompt_ids=prompts[i], sampled=sampled))
+            if time.monotonic() > until:
+                waiting.clear()
+                for i in range(len(chosen)):
+                    engine.abort(str(i))
+        begun = clock()
+        engine.load_weights(config.model.path, Version(1))
+        update_s = clock() - begun
+    finally:
+        engine.close()
+    if not drawn:
+        raise ConfigError(f"--measure: no completion ended within {SAMPLING_S:g} s; give figures with --figures")
+    return fit_steps([step for step in steps if step[1]]), drawn, update_s
+
+
+def _measure_rewards(config: RunConfig, drawn: list[Drawn], *, on_cpu: bool) -> tuple[list[float | None], float]:
+    reward: Reward = resolve(config.rewarders.reward, REWARDS, "reward")(config.rewarders.options)
+    text = Text(config.model.path)
+    scores: list[float | None] = []
+    skip = min(DISCARD, len(drawn) - 1)
+    begun = wall = 0.0
+    try:
+        until = time.monotonic() + REWARDS_S
+        for place, one in enumerate(drawn):
+            if place == skip:
+                begun, wall = _descendants_cpu_s(), time.perf_counter()
+            sample = Sample(
+                problem=one.problem, completion=text.decode(one.sampled.token_ids), truncated=one.sampled.finish_reason != "stop"
+            )
+            try:
+                scores.append(reward.score(sample).value)
+            except InfrastructureFault:
+                scores.append(None)
+            if time.monotonic() > until and place > skip:
+                break
+        cpu, wall = _descendants_cpu_s() - begun, time.perf_counter() - wall
+    finally:
+        reward.close()
+    seconds = cpu if on_cpu else wall
+    return scores, seconds / (len(scores) - skip)
+
+
+def _trained_share(config: RunConfig, drawn: list[Drawn], scores: list[float | None]) -> float:
+    """The share of tokens of groups whose scores differ, without what is cut off."""
+    groups: dict[int, set[float]] = {}
+    for one, score in zip(drawn, scores, strict=False):
+        if score is not None:
+            groups.setdefault(one.group, set()).add(score)
+    kept = total = 0
+    for one, _ in zip(drawn, scores, strict=False):
+        tokens = len(one.sampled.token_ids)
+        total += tokens
+        cut = config.learner.overlong == "mask" and one.sampled.finish_reason != "stop"
+        flat = config.learner.zero_variance != "keep" and len(groups.get(one.group, ())) < 2
+        kept += 0 if cut or flat else tokens
+    return min(1.0, max(0.01, kept / max(1, total)))
+
+
+def _measure_training(config: RunConfig, drawn: list[Drawn]) -> tuple[float, float, float]:
+    """Seconds per token, fixed seconds of a step, seconds to publish."""
+    from learner.packing import TrainSample
+    from learner.parallel import SingleProcess
+    from learner.publisher import Publisher
+    from learner.steps import build_step
+
+    clock = _clock(config.learner.device != "cuda")
+
+    step = build_step(config.learner.model_copy(update={"ranks": 1}), config.model.path, SingleProcess())
+    whole = [d for d in drawn if len(d.sampled.token_ids)][: config.sampling.groups_per_iteration * config.sampling.group_size]
+    samples = [
+        TrainSample(
+            group_id=d.group,
+            index=i,
+            prompt_ids=d.prompt_ids,
+            token_ids=d.sampled.token_ids,
+            behaviour_logprobs=d.sampled.logprobs,
+            loss_mask=np.ones(len(d.sampled.token_ids), np.bool_),
+            advantage=1.0 if i % 2 else -1.0,
+            temperature=config.sampling.temperature,
+            positive=bool(i % 2),
+        )
+        for i, d in enumerate(sorted(whole, key=lambda d: d.group))
+    ]
+    half = samples[: max(1, len(samples) // 2)]
+    step.train(half, 0, 4)
+    points = []
+    for batch in (half, samples):
+        seconds = []
+        for _ in range(2):
+            begun = clock()
+            step.train(batch, 0, 4)
+            seconds.append(clock() - begun)
+        points.append((sum(len(s.prompt_ids) + len(s.token_ids) for s in batch), min(seconds)))
+    (few, short), (many, long) = points
+    per_token = (long - short) / (many - few) if many > few and long > short else long / many
+    per_token = min(per_token, long / many)
+    with tempfile.TemporaryDirectory(prefix="rlsys-plan-") as directory:
+        publisher = Publisher(Path(directory), config.model.path, config.weights.dtype)
+        begun = time.perf_counter()
+        publisher.publish(Version(0), step.published_tensors(publisher.dtype))
+        publish_s = time.perf_counter() - begun
+    return per_token, max(0.0, long - per_token * many), publish_s

@@ -1,0 +1,164 @@
+"""`rlsys plan`: what it recommends, what it refuses, and figures that it takes itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.settings import ScheduleSettings
+from rlsys.cli import main
+from rlsys.config import load_config
+from rlsys.planning.figures import Figures, read_figures
+from rlsys.planning.limits import Split
+from rlsys.planning.measure import fit_steps
+from rlsys.planning.plan import Machine, faults, make_plan
+from rlsys.planning.room import ModelSize, needed, read_model
+from tests.actors.tiny_models import build, save
+from tests.configuration import minimal, write
+
+ROOT = Path(__file__).parent.parent.parent
+SIMULATED = ROOT / "configs" / "simulated.yaml"
+SMALL = ["--set", "sampling.groups_per_iteration=8"]
+PROFILES = sorted((ROOT / "benchmarks" / "profiles").glob("*.yaml"))
+
+
+def figures(**changes: Any) -> Figures:
+    """Sampling one iteration takes 120 device-seconds, training on it 60."""
+    content: dict[str, Any] = {
+        "devices": 6,
+        "groups_per_iteration": 30,
+        "group_size": 4,
+        "lengths": {"mean": 100, "sigma": 0},
+        "sampling": {"tokens_per_s_sample": 10, "tokens_per_s": 100, "slots": 10},
+        "training": {"tokens_per_s": 200},
+    }
+    return Figures.model_validate({**content, **changes})
+
+
+def test_the_split_follows_the_work() -> None:
+    plan = make_plan(figures(), ScheduleSettings(name="bounded", reorder=0), Split(generators=2, trainers=4))
+    assert plan.best.split == Split(generators=4, trainers=2)
+    assert plan.fluid_s == pytest.approx(30)
+    assert plan.best.s_per_iteration == pytest.approx(30, rel=0.05)
+    assert plan.configured is not None and plan.configured.s_per_iteration == pytest.approx(60, rel=0.05)
+    assert plan.colocated.s_per_iteration == pytest.approx(20 + 10, rel=0.05)
+
+
+def test_a_plan_is_printed_as_text_json_and_a_page_that_needs_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html = tmp_path / "plan.html"
+    assert main(["plan", str(SIMULATED), *SMALL, "--devices", "5", "--html", str(html)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^take +\d generators and \d learner devices: [\d.]+ s per iteration of 64 samples", text)
+    assert "fluid limit" in text and "colocated synchronous" in text
+    page = html.read_text()
+    assert "<svg" in page and page.count("<rect") > 5 and "generator 0" in page
+    assert not re.search(r"(src|href)=|https?:|@import", page)
+
+    assert main(["plan", str(SIMULATED), *SMALL, "--devices", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["best"]["generators"] + found["best"]["trainers"] == 5
+    assert found["best"]["s_per_iteration"] == min(c["s_per_iteration"] for c in found["candidates"])
+    assert sum(found["best"]["learner"].values()) == pytest.approx(1.0)
+    assert found["cannot_run"] == []
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_profile_can_be_read(path: Path) -> None:
+    assert read_figures(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--devices", "1"], "1 device cannot be split: sampling and training need one each"),
+        (["--figures", "/nonexistent.yaml"], "/nonexistent.yaml: cannot be read"),
+        (["--measure"], "--measure: a simulated run states its figures itself"),
+        (["--measure", "--figures", "x"], "--figures and --measure: give one of them"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(SIMULATED), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_real_configuration_needs_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "run.yaml", minimal(tmp_path))
+    assert main(["plan", str(path)]) == 2
+    assert "no figures: generators.engine is embedded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lengths": {"mean": 5, "cap": 5}}, "mean 5 must lie below cap 5"),
+        ({"smapling": {}}, "unknown key smapling; did you mean sampling?"),
+        ({"devices": 0}, "devices is 0"),
+    ],
+)
+def test_figures_are_checked(change: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(PROFILES[0].read_text()), **change}))
+    assert main(["plan", str(SIMULATED), "--figures", str(path)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_memory_and_disk_are_worked_out_and_refused_when_they_do_not_fit(tmp_path: Path) -> None:
+    size = ModelSize(parameters=1_000_000_000, layers=20, hidden=2000, key_value_heads=4, head_dim=100)
+    config = load_config(SIMULATED, ["generators.slots=10", "model.max_context=32000", "learner.tokens_per_microbatch=8000"])
+    room = needed(config, size, mean_tokens=6000, prompt_tokens=0)
+    assert room.generator == 4e9 + 2 * 10 * 32_000 * 20 * 4 * 100 * 4
+    assert room.learner == 16e9 + 16_000 * 20 * 2000 * 34
+    assert room.weights == 3 * 4e9
+    assert room.journal == 6 * 256 * (600 + 9 * 6000)
+    split, none = Split(generators=2, trainers=1), Machine(device=None, host=None, weights=None, disk=None)
+    assert faults(config, figures(), split, room, none) == []
+    small = Machine(device=26e9, host=40e9, weights=1e9, disk=1e6)
+    found = faults(config, figures(), split, room, small)
+    assert [words.split(" need")[0] for words in found] == [
+        "a learner rank",
+        "generators and learner ranks",
+        "three published versions",
+        "journal and checkpoints of 6 iterations",
+    ]
+
+
+def test_the_size_of_a_model_is_read_from_its_files(tmp_path: Path) -> None:
+    model = build("qwen3")
+    save(model, tmp_path)
+    size = read_model(tmp_path)
+    assert size is not None
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert (size.layers, size.hidden, size.key_value_heads, size.head_dim) == (2, 32, 2, 16)
+    assert size.cache_bytes(10, 4) == 2 * 10 * 2 * 2 * 16 * 4
+
+
+def test_the_time_of_a_step_is_found_from_noisy_steps() -> None:
+    steps = [(0.002 + 0.0003 * n + 0.0001 * p, n, p) for n in range(1, 33) for p in (0, 0, 0, 40)]
+    rates = fit_steps([*steps, (5.0, 3, 0)])
+    assert (rates.fixed_s, rates.each_s, rates.prompt_s) == pytest.approx((0.002, 0.0003, 0.0001), rel=1e-6)
+
+
+def test_figures_are_measured_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole of --measure on a random model of a few thousand parameters."""
+    content = minimal(tmp_path)
+    save(build("qwen3", vocab_size=64), tmp_path / "model")
+    content["sampling"] = {"groups_per_iteration": 3, "group_size": 2, "max_tokens": 8, "stop_token_ids": [1]}
+    content["generators"] = {"slots": 4}
+    content["rewarders"] = {"reward": "tests.system.rewards:LengthReward"}
+    content["learner"] = {"dtype": "float32", "overlong": "keep", "zero_variance": "keep"}
+    content["model"]["max_context"] = 40
+    path, saved = write(tmp_path / "run.yaml", content), tmp_path / "figures.yaml"
+    assert main(["plan", str(path), "--measure", "--json", "--save-figures", str(saved)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    taken = found["figures"]
+    assert taken["devices"] == 2 and taken["groups_per_iteration"] == 3
+    assert taken["sampling"]["tokens_per_s"] > taken["sampling"]["tokens_per_s_sample"] > 1
+    assert taken["training"]["tokens_per_s"] > 1
+    assert found["configured"]["s_per_iteration"] > 0
+    assert main(["plan", str(path), "--figures", str(saved)]) == 0, "saved figures can be used again"

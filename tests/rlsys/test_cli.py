@@ -17,7 +17,7 @@ from rlsys.rundir import RunDir
 from tests.configuration import minimal, write
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("up", "check", "status", "why", "timeline", "down", "logs", "plan", "grade", "doctor")
+COMMANDS = ("up", "check", "status", "why", "timeline", "down", "logs", "plan", "grade", "sft", "doctor")
 HEAVY = ("torch", "transformers", "ray", "tensorboard", "sglang", "zmq")
 
 

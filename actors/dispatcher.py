@@ -4,8 +4,9 @@
                     ^  ^  ^-----Credit, loaded version---/
                     |  +-------WeightsReady----- learner        (opens the next iteration)
                     +----------GroupOutcome----- learner        (terminal states; the end of the run is when all have one)
+    generators, reward actors --Holdings--> [ dispatcher ] <--Journaled-- learner      (when an actor died: what must be issued again)
 
-It waits for: credits (generators), versions (learner), outcomes (learner). It wakes: generators.
+It waits for: credits (generators), versions (learner), outcomes (learner), inventories (actors). It wakes: generators.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from actors.allotment import Allotment
+from actors.custody import Custody
 from actors.dataset import Order, Problem, read_problems
 from actors.pacing import Pacer, PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
@@ -30,8 +32,19 @@ from actors.text import Text, stop_token_ids
 from protocol.channels import Link
 from protocol.credits import Outgoing
 from protocol.errors import DataError
-from protocol.ledger import Issue, Ledger
-from protocol.messages import Credit, GroupOutcome, GroupTask, Hello, Int32Array, Message, WeightsReady
+from protocol.ledger import Issue, Ledger, Writer
+from protocol.messages import (
+    Credit,
+    GroupOutcome,
+    GroupTask,
+    Hello,
+    Holdings,
+    Int32Array,
+    Inventory,
+    Journaled,
+    Message,
+    WeightsReady,
+)
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.dispatcher")
@@ -126,29 +139,23 @@ class Dispatcher:
         self._eval_sizes: dict[int, int] = {}
         self.outstanding: dict[int, GroupTask] = {}
         """Groups that were issued and have no terminal state."""
+        self._again: deque[GroupTask] = deque()
         self.groups_issued = self.groups_ended = 0
 
     # ------------------------------------------------------------------------------------------------ issuing
 
     def next_task(self) -> GroupTask | None:
         """The next group to give out; None while pacing or the end of the run holds everything back. `issue` takes it."""
+        while self._again and self._again[0].group_id not in self.outstanding:
+            self._again.popleft()  # it ended after all
+        if self._again:
+            return self._again[0]
         if self._eval_queue:
             return self._eval_queue[0]
         iteration = self.pacer.next_iteration()
         if iteration is None:
             return None
-        prepared = self._next_prompt().prepared
-        sampling = self._job.sampling
-        return self._task(
-            prepared,
-            self._next_group,
-            iteration,
-            "train",
-            self.pacer.rule.min_version(iteration),
-            sampling.group_size,
-            sampling.temperature,
-            sampling.top_p,
-        )
+        return self._train_task(self._next_prompt().prepared, self._next_group, iteration)
 
     @property
     def room(self) -> int:
@@ -156,7 +163,10 @@ class Dispatcher:
         return len(self._eval_queue) or self.pacer.room
 
     def issue(self, task: GroupTask) -> None:
-        """`task` was sent to a generator."""
+        """`task` is given to a generator."""
+        if task.attempt:
+            self._again.popleft()
+            return
         self.outstanding[task.group_id] = task
         self.groups_issued += 1
         if task.purpose == "eval":
@@ -178,6 +188,29 @@ class Dispatcher:
         """How many groups of the task's prompt were given up before."""
         drawn = self._drawn.get(task.group_id)
         return drawn.requeues if drawn else 0
+
+    def issue_again(self, lost: Mapping[int, Iterable[int]], attempts: Mapping[int, int]) -> int:
+        """Members of groups that died with an actor: their tasks come next, with the same seeds. Returns how many samples that are."""
+        count = 0
+        for group_id, indices in lost.items():
+            task = self.outstanding[group_id]
+            places = [task.indices.tolist().index(i) for i in indices]
+            count += len(places)
+            self._again.append(
+                replace(task, attempt=attempts[group_id], indices=task.indices[places].copy(), seeds=task.seeds[places].copy())
+            )
+        return count
+
+    def _train_task(self, prepared: Prepared, group_id: int, iteration: int) -> GroupTask:
+        sampling = self._job.sampling
+        version = self.pacer.rule.min_version(iteration)
+        return self._task(prepared, group_id, iteration, "train", version, sampling.group_size, sampling.temperature, sampling.top_p)
+
+    def _eval_task(self, version: int, place: int) -> GroupTask:
+        evaluation, group_id = self._job.evaluation, FIRST_EVAL_GROUP + version * EVAL_ROUND + place
+        return self._task(
+            self._eval[place], group_id, version, "eval", version, evaluation.samples, evaluation.temperature, evaluation.top_p
+        )
 
     def _task(
         self, prepared: Prepared, group_id: int, iteration: int, purpose: Any, min_version: int, size: int, temperature: float, top_p: float
@@ -204,22 +237,57 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------ news
 
     def on_version(self, number: int, groups_taken: int) -> None:
-        """A version was published: it opens an iteration, and may be due for evaluation."""
-        first, old = self.pacer.published < 0, number <= self.pacer.published
+        """A version was published: it opens an iteration, and may be due for evaluation. One that was missed is made up for."""
+        for missed in range(self.pacer.published + 1, number):
+            self._open(missed)
+        if number > self.pacer.published:
+            self._open(number)
         self.pacer.publish(number, groups_taken)
-        if old:
-            return
+
+    def _open(self, number: int) -> None:
+        first = number == 0
         evaluation, last = self._job.evaluation, number >= self._job.iterations
         due = (first and number == 0 and evaluation.at_start) or (last and evaluation.at_end)
         due = due or (number > 0 and not last and evaluation.every > 0 and number % evaluation.every == 0)
         if due and self._eval and number not in self._eval_sizes:
             self._eval_sizes[number] = len(self._eval)
             self._eval_rounds[number] = []
-            first_id = FIRST_EVAL_GROUP + number * EVAL_ROUND
-            self._eval_queue.extend(
-                self._task(p, first_id + i, number, "eval", number, evaluation.samples, evaluation.temperature, evaluation.top_p)
-                for i, p in enumerate(self._eval)
-            )
+            self._eval_queue.extend(self._eval_task(number, i) for i in range(len(self._eval)))
+
+    def restore(self, issues: Sequence[Issue], outcomes: Iterable[GroupOutcome], published: int) -> list[dict[str, Any]]:
+        """Be where an earlier dispatcher of the run was, from the issue log and the terminal states. Call it on a new object.
+
+        Groups without a terminal state are outstanding again. Returns the results of the evaluation rounds that were complete.
+        """
+        problems = {p.problem.problem_id: p for p in self._train}
+        rounds: dict[int, set[int]] = {}
+        for issue in issues:
+            if issue.attempt:
+                continue
+            if issue.purpose == "eval":
+                self.outstanding[issue.group_id] = self._eval_task(issue.iteration, issue.group_id % EVAL_ROUND)
+                rounds.setdefault(issue.iteration, set()).add(issue.group_id % EVAL_ROUND)
+            else:
+                drawn = Drawn(problems[issue.problem_id], issue.requeues)
+                self._drawn[issue.group_id] = drawn
+                self.outstanding[issue.group_id] = self._train_task(drawn.prepared, issue.group_id, issue.iteration)
+                self._next_group = max(self._next_group, issue.group_id + 1)
+                self._fresh += not issue.requeues
+                self.pacer.issue()
+            self.groups_issued += 1
+        for version, known in rounds.items():
+            self._eval_sizes[version], self._eval_rounds[version] = len(self._eval), []
+            self._eval_queue.extend(self._eval_task(version, i) for i in range(len(self._eval)) if i not in known)
+        ended = list(outcomes)
+        results = [result for result in map(self.on_outcome, ended) if result]
+        again = [(issue.problem_id, issue.requeues) for issue in issues if issue.requeues and not issue.attempt]
+        for drawn in list(self._returned):
+            what = (drawn.prepared.problem.problem_id, drawn.requeues)
+            if what in again:
+                again.remove(what)
+                self._returned.remove(drawn)
+        self.on_version(published, sum(o.in_batch for o in ended if o.purpose == "train"))
+        return results
 
     def on_outcome(self, outcome: GroupOutcome) -> dict[str, Any] | None:
         """A group ended. Returns the result of an evaluation round when this completed it."""
@@ -278,19 +346,41 @@ class DispatcherProcess:
 
     def __init__(self, node: Node, job: DispatcherJob) -> None:
         self._node = node
-        self._tasks = node.serve("tasks")
+        self._tasks = node.serve("tasks", on_gone=self._actor_gone)
         self._outcomes = node.serve("outcomes")
         self._weights = node.join("weights", on_link=self._greet)
         self._credits = Outgoing()
         self._allotment = Allotment()
         self._given: dict[int, str] = {}
         """Group -> the generator that has it, until the group ends."""
+        self._custody = Custody()
         self._dispatcher = Dispatcher(job)
-        self._ledger = Ledger(job.ledger)
+        spec = node.spec
+        self._ledger = Ledger(job.ledger, Writer(spec.role, spec.index, spec.start))
+        self._learner_heard = False
+        self._restored = self._restore()
+        self._asked: set[str] = set()
+        self._reissued = 0
         node.gauges = self._gauges
         node.facts = self._facts
-        node.progress = lambda: self._dispatcher.groups_issued + self._dispatcher.groups_ended
-        self._training = self._finished = False
+        node.progress = lambda: self._dispatcher.groups_issued + self._dispatcher.groups_ended + self._reissued
+        self._training, self._finished = self._dispatcher.groups_issued > 0, False
+
+    def _restore(self) -> bool:
+        """Whether an earlier dispatcher of this run has issued anything; then this one is where that was, but for who holds what."""
+        issues = self._ledger.issues()
+        published = max((number for number, _ in self._ledger.versions()), default=-1)
+        for result in self._dispatcher.restore(issues, self._ledger.outcomes(), published):
+            self._node.event("eval", **result)
+        for issue in issues:
+            task = self._dispatcher.outstanding.get(issue.group_id)
+            if task is not None:
+                self._custody.issued(issue.group_id, issue.attempt, task.indices.tolist(), "")
+        self._custody.doubt()
+        if issues:
+            count = len(self._dispatcher.outstanding)
+            log.info("%d groups were issued before, %d of them have no terminal state; asking who holds them", len(issues), count)
+        return bool(issues)
 
     def run(self) -> None:
         """Issue until the run ends."""
@@ -302,15 +392,17 @@ class DispatcherProcess:
             node.event("skipped", count=len(ids), reason="prompt too long", first=ids[:10])
         node.start()
         while True:
-            name, peer, detail = dispatcher.waits_for()
+            name, peer, detail = self._waits_for()
             node.recorder.enter(name, peer, detail)
             node.poll(1.0)
             node.recorder.enter("dispatching")
             for message in self._news():
                 self._on_news(message)
             for peer, message in self._tasks.receive():
-                self._on_generator(peer, message)
-            self._issue()
+                self._on_actor(peer, message)
+            self._take_inventory()
+            if not self._restored:
+                self._issue()
             if dispatcher.done and not self._finished:
                 self._finished = True
                 node.finished()
@@ -318,6 +410,13 @@ class DispatcherProcess:
     def close(self) -> None:
         """Close the ledger."""
         self._ledger.close()
+
+    def _waits_for(self) -> tuple[str, str, str]:
+        if self._restored and not self._learner_heard:
+            return "waiting:what is journaled", "learner", "before anything is issued again"
+        if self._custody.asking:
+            return "waiting:inventory", min(self._custody.asking), "what the living hold, before anything is issued again"
+        return self._dispatcher.waits_for()
 
     def _greet(self, link: Link) -> None:
         link.send(Hello(role="dispatcher", index=self._node.spec.index, identity=self._node.identity, epoch=self._node.spec.epoch))
@@ -332,50 +431,95 @@ class DispatcherProcess:
         if isinstance(message, WeightsReady):
             self._allotment.published(message.number, time.monotonic())
             self._dispatcher.on_version(message.number, message.groups_taken)
+        elif isinstance(message, Hello):
+            self._learner_heard = True
+            self._custody.journaled(message.holds.tolist())
+            for known in self._ledger.outcomes_of(self._dispatcher.outstanding):  # the last learner may have died before it told
+                self._on_news(known)
+        elif isinstance(message, Journaled):
+            self._custody.journaled(message.keys.tolist())
         elif isinstance(message, GroupOutcome):
             self._given.pop(message.group_id, None)
+            self._custody.ended(message.group_id)
             result = self._dispatcher.on_outcome(message)
             if result is not None:
                 self._node.event("eval", **result)
 
-    def _on_generator(self, peer: str, message: Message) -> None:
+    # ------------------------------------------------------------------------------------------------ actors that come and go
+
+    def _actor_gone(self, identity: str) -> None:
+        """Confirmed dead: what only it held must be issued again."""
+        self._credits.drop_peer(identity)
+        self._allotment.drop(identity)
+        self._custody.died(identity)
+
+    def _on_actor(self, peer: str, message: Message) -> None:
         if isinstance(message, Hello):
-            self._credits.add_peer(peer)
-            self._allotment.loaded(peer, message.loaded[0], time.monotonic())
+            if message.role == "generator":
+                self._credits.add_peer(peer)
+                self._allotment.loaded(peer, message.loaded[0], time.monotonic())
+                self._custody.claimed(peer, message.holds.tolist())
+            self._asked.discard(peer)
         elif isinstance(message, Credit):
             self._credits.granted(peer, message.total)
             self._allotment.loaded(peer, message.loaded[0], time.monotonic())
+        elif isinstance(message, Holdings):
+            self._custody.answer(peer, message.number, message.keys.tolist())
+
+    def _take_inventory(self) -> None:
+        """When samples may have died with an actor: ask the living, and once all have answered, issue again what nobody has."""
+        custody, node = self._custody, self._node
+        if self._restored and not (self._learner_heard and node.identity in node.identities_of("dispatcher")):
+            return
+        if custody.due:
+            custody.ask(node.identities_of("generator", "rewarder"))
+            self._asked.clear()
+        elif self._restored and not custody.suspects:
+            self._restored = False
+        for peer in custody.asking - self._asked:
+            if self._tasks.send(peer, Inventory(number=custody.number)):
+                self._asked.add(peer)
+        lost = custody.settle()
+        if lost is None:
+            return
+        self._restored = False
+        if lost:
+            count = self._dispatcher.issue_again(lost, {group_id: custody.attempt(group_id) for group_id in lost})
+            self._reissued += count
+            log.warning("%d samples of %d groups died with their actors and are issued again", count, len(lost))
 
     def _issue(self) -> None:
-        issues: list[Issue] = []
+        """Decide, write down, send: a task that was sent always stands in the issue log."""
+        chosen: list[tuple[str, GroupTask]] = []
         deal = self._allotment.deal(self._dispatcher.room, time.monotonic())
         while (task := self._dispatcher.next_task()) is not None:
             peer = deal.pick(self._credits.left, task.min_version)
             if peer is None:
                 break
-            if not self._tasks.send(peer, task):
-                self._credits.drop_peer(peer)
-                self._allotment.drop(peer)
-                continue
             self._credits.sent(peer)
             self._dispatcher.issue(task)
             self._given[task.group_id] = peer
-            issues.append(
-                Issue(
-                    group_id=task.group_id,
-                    attempt=task.attempt,
-                    iteration=task.iteration,
-                    purpose=task.purpose,
-                    problem_id=task.problem_id,
-                    generator=peer,
-                    issued_s=time.time(),
-                    requeues=self._dispatcher.requeues(task),
-                )
+            self._custody.issued(task.group_id, task.attempt, task.indices.tolist(), peer)
+            chosen.append((peer, task))
+        now = time.time()
+        self._ledger.issued(
+            Issue(
+                group_id=task.group_id,
+                attempt=task.attempt,
+                iteration=task.iteration,
+                purpose=task.purpose,
+                problem_id=task.problem_id,
+                generator=peer,
+                issued_s=now,
+                requeues=self._dispatcher.requeues(task),
             )
+            for peer, task in chosen
+        )
+        for peer, task in chosen:
+            self._tasks.send(peer, task)  # a generator that is gone meanwhile never gets it: its death is told next, and it is issued again
             if task.purpose == "train" and not self._training:
                 self._training = True
                 self._node.event("training started")
-        self._ledger.issued(issues)
 
     def _facts(self) -> dict[str, Any]:
         """For `rlsys why`: the newest version, what the next group needs, and who was given the oldest groups that have not ended."""

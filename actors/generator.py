@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from actors.engines import Engine, Sampled, SampleRequest, Sampling
 from actors.weights import WeightsIntake
 from protocol.channels import Link
 from protocol.credits import Outgoing
 from protocol.errors import WeightsError
-from protocol.messages import Ack, Completion, Credit, GroupTask, Hello, Version, WeightsReady, key_of, pack_spans
+from protocol.messages import Ack, Completion, Credit, GroupTask, Hello, Holdings, Inventory, Version, WeightsReady, key_of, pack_spans
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.generator")
@@ -40,7 +43,8 @@ Key = tuple[int, int, int]
 @dataclass(slots=True)
 class _Running:
     task: GroupTask
-    left: int
+    left: set[int]
+    """Places in the task's indices that are not done."""
     started_s: float
 
 
@@ -96,7 +100,17 @@ class Generator:
             identity=self._node.identity,
             epoch=self._node.spec.epoch,
             loaded=(version.number, version.incarnation),
+            holds=self._holds(),
         )
+
+    def _holds(self) -> npt.NDArray[np.int64]:
+        """Every sample that is being sampled here, or done and not acknowledged."""
+        keys = [
+            (running.task.group_id, int(running.task.indices[place]), running.task.attempt)
+            for running in self._running.values()
+            for place in running.left
+        ]
+        return np.array([*keys, *self._unacknowledged], np.int64).reshape(-1, 3)
 
     def _greet(self, link: Link) -> None:
         link.send(self._hello())
@@ -122,6 +136,8 @@ class Generator:
             for message in link.receive():
                 if isinstance(message, GroupTask):
                     self._take(message)
+                elif isinstance(message, Inventory):
+                    link.send(Holdings(number=message.number, keys=self._holds()))
         for link in list(self._learner.values()):
             for message in link.receive():
                 if isinstance(message, WeightsReady):
@@ -141,7 +157,7 @@ class Generator:
         if loaded is None or loaded.number < task.min_version:
             raise AssertionError(f"group {task.group_id} needs version {task.min_version}, {loaded} is loaded: a bug of the dispatcher")
         request_id = f"{task.group_id}/{task.attempt}"
-        self._running[request_id] = _Running(task, len(task.indices), time.time())
+        self._running[request_id] = _Running(task, set(range(len(task.indices))), time.time())
         sampling = Sampling(
             max_tokens=task.max_tokens,
             temperature=task.temperature,
@@ -169,7 +185,7 @@ class Generator:
 
     def _complete(self, sampled: Sampled) -> None:
         running = self._running[sampled.request_id]
-        running.left -= 1
+        running.left.discard(sampled.position)
         if not running.left:
             del self._running[sampled.request_id]
         task = running.task
@@ -231,7 +247,7 @@ class Generator:
         """For `rlsys why`: the loaded version, and where the groups are that are here, oldest first."""
         version, tokens = self._engine.version, self._engine.load.progress
         groups = [
-            (r.task.group_id, r.left, tokens.get(request_id, 0), r.task.max_tokens, r.started_s)
+            (r.task.group_id, len(r.left), tokens.get(request_id, 0), r.task.max_tokens, r.started_s)
             for request_id, r in islice(self._running.items(), FACTS)
         ]
         sent: dict[tuple[int, str], int] = {}

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import numpy.typing as npt
 
 from actors.rewards import Reward, Sample, Score
 from actors.text import Text
@@ -29,7 +30,7 @@ from protocol.channels import Link
 from protocol.credits import Incoming, Outgoing
 from protocol.errors import DataError, InfrastructureFault
 from protocol.intervals import Recorder, phase, record_here
-from protocol.messages import Ack, Completion, Credit, Hello, Trajectory, key_of
+from protocol.messages import Ack, Completion, Credit, Hello, Holdings, Inventory, Trajectory, key_of
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.rewarder")
@@ -126,7 +127,8 @@ class Rewarder:
     def __init__(self, node: Node, reward: Reward, text: Text, *, reward_name: str, concurrency: int, retries: int) -> None:
         self._node, self._reward, self._reward_name = node, reward, reward_name
         self._scorers = Scorers(reward, text, concurrency, retries, node.wake, node.track)
-        self._completions = node.serve("completions")
+        self._completions = node.serve("completions", on_gone=self._generator_gone)
+        self._dispatchers = node.join("tasks", on_link=self._say_hello)
         self._learners = node.join("trajectories", on_link=self._greet, on_gone=self._learner_gone)
         self._incoming = Incoming(QUEUED_PER_THREAD * concurrency)
         self._credits = Outgoing()
@@ -167,10 +169,20 @@ class Rewarder:
     def _greet(self, link: Link) -> None:
         """A learner appeared: it is told everything again that was never acknowledged."""
         self._credits.add_peer(link.peer)
-        spec = self._node.spec
-        holds = np.array(list(self._held), np.int64).reshape(-1, 3)
-        link.send(Hello(role="rewarder", index=spec.index, identity=self._node.identity, epoch=spec.epoch, holds=holds))
+        self._say_hello(link)
         self._outbox = deque(trajectory for trajectory in self._held.values() if trajectory is not None)
+
+    def _say_hello(self, link: Link) -> None:
+        spec = self._node.spec
+        link.send(Hello(role="rewarder", index=spec.index, identity=self._node.identity, epoch=spec.epoch, holds=self._holds()))
+
+    def _holds(self) -> npt.NDArray[np.int64]:
+        return np.array(list(self._held), np.int64).reshape(-1, 3)
+
+    def _generator_gone(self, identity: str) -> None:
+        """What it sent is scored all the same; its places are free for the others, and nobody is told of acknowledgements."""
+        self._incoming.drop_peer(identity)
+        self._from = {key: peer for key, peer in self._from.items() if peer != identity}
 
     def _learner_gone(self, identity: str) -> None:
         self._credits.drop_peer(identity)
@@ -187,6 +199,10 @@ class Rewarder:
                     continue
                 self._held[key] = None
                 self._scorers.put(peer, message)
+        for link in list(self._dispatchers.values()):
+            for message in link.receive():
+                if isinstance(message, Inventory):
+                    link.send(Holdings(number=message.number, keys=self._holds()))
         for link in list(self._learners.values()):
             for message in link.receive():
                 if isinstance(message, Credit):

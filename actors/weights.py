@@ -13,6 +13,9 @@ from protocol.messages import Version, WeightsLoaded, WeightsReady
 
 log = logging.getLogger("rlsys.weights")
 
+GONE = 50
+"""So many versions in a row may be removed before they are read; more mean that this process does not see the directory at all."""
+
 
 class WeightsIntake:
     """Remembers the newest announcement and loads it when asked. Older ones and repeats change nothing."""
@@ -21,8 +24,8 @@ class WeightsIntake:
         self._identity = identity
         self._engine = engine
         self._announced: WeightsReady | None = None
-        self.failures = 0
-        """Loads in a row that failed."""
+        self.failures = self.gone = 0
+        """Loads in a row that failed, and those whose version had been removed; the newest is announced again after each."""
 
     def announce(self, ready: WeightsReady) -> None:
         """A version is complete on disk."""
@@ -48,10 +51,11 @@ class WeightsIntake:
         try:
             verify(Path(ready.directory), ready.manifest_sha256)
             pause = self._engine.load_weights(Path(ready.directory), version)
-            self.failures = 0
+            self.failures = self.gone = 0
         except WeightsError as fault:
             error = str(fault)
-            self.failures += 1
+            self.gone = 0 if Path(ready.directory).exists() else self.gone + 1
+            self.failures += not self.gone or self.gone > GONE
             log.warning("%s not loaded: %s", version, error)
             if self._announced is ready:
                 self._announced = None

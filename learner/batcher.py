@@ -8,7 +8,7 @@ superseded, dropped, unfinished. The first trajectory of a (group_id, index) cou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,10 +48,11 @@ class Group:
 class Assembler:
     """Open groups. `add` returns a group when its last trajectory has come."""
 
-    def __init__(self, train_size: int, eval_size: int) -> None:
+    def __init__(self, train_size: int, eval_size: int, seen: Iterable[int] = ()) -> None:
+        """`seen`: groups of which nothing more is wanted, because they have their terminal state."""
         self._sizes = {"train": train_size, "eval": eval_size}
         self._open: dict[int, Group] = {}
-        self._seen: set[int] = set()
+        self._seen: set[int] = set(seen)
         self.duplicates = 0
 
     def holds(self, trajectory: Trajectory) -> bool:
@@ -163,9 +164,11 @@ class Batcher:
     def retake(self, iteration: int, group_ids: Sequence[int]) -> Batch:
         """Build a recorded batch again from groups that are held; they leave the line as they did then."""
         self._check_open(iteration)
-        return self._close(Choice(tuple(group_ids), ()), iteration, {}, None)
+        return self._close(Choice(tuple(group_ids), ()), iteration, {}, None, decide=False)
 
-    def _close(self, choice: Choice, iteration: int, issued: Mapping[int, str], assembler: Assembler | None) -> Batch:
+    def _close(
+        self, choice: Choice, iteration: int, issued: Mapping[int, str], assembler: Assembler | None, *, decide: bool = True
+    ) -> Batch:
         last, part = self.line.last_part, self.line.part
         groups = [self._ready.pop(number) for number in choice.taken]
         batch = self.build(groups, iteration)
@@ -182,7 +185,8 @@ class Batcher:
             metrics = describe(self._seen, self._ended, iteration, self.rule.max_staleness)
             seen = tuple(self._seen)
             self._seen, self._ended, self._refilled = [], [], 0
-            given_up += self._settle(sorted(self._ready))
+            if decide:
+                given_up += self._settle(sorted(self._ready))
         return replace(batch, part=part, last=last, given_up=tuple(given_up), metrics=metrics, groups=seen)
 
     def leave_over(self, issued: Mapping[int, str], assembler: Assembler) -> list[GroupOutcome]:

@@ -13,12 +13,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from learner.batcher import Assembler, Batch, Batcher, Group, outcome
+from learner.recovery import TRAJECTORY
+from learner.recovery import Journaled as OnRecord
 from protocol.channels import Link
 from protocol.codec import encode
 from protocol.credits import Incoming
@@ -31,6 +33,7 @@ from protocol.messages import (
     Distribution,
     GroupOutcome,
     Hello,
+    Journaled,
     Message,
     Metrics,
     Trajectory,
@@ -54,15 +57,21 @@ class Intake:
     def __init__(self, node: Node, assembler: Assembler, batcher: Batcher, journal: Journal, ledger: Ledger) -> None:
         self._node, self._assembler, self._batcher, self._journal, self._ledger = node, assembler, batcher, journal, ledger
         self._run = node.transport.run
-        self._trajectories = node.serve("trajectories")
-        self._weights = node.serve("weights")
+        self._trajectories = node.serve("trajectories", on_gone=self._rewarder_gone)
+        self._weights = node.serve("weights", on_gone=self._reader_gone)
         self._dispatchers = node.join("outcomes", on_link=self._greet)
         self._incoming = Incoming(CREDIT_WINDOW)
         self._lock = threading.Condition()
         self._outgoing: deque[Message] = deque()
         self._readers: set[str] = set()
         self._newest: WeightsReady | None = None
-        self._outcomes: list[GroupOutcome] = []
+        self._uncommitted: dict[int, GroupOutcome] = {}
+        """Told to the dispatcher, and in the ledger with the next commit."""
+        self._on_record: dict[int, list[tuple[int, int, int]]] = {}
+        """Keys of journaled samples, by group, until the group's terminal state is in the ledger."""
+        self._holding = False
+        self._segments: dict[int, int] = {}
+        """Oldest journal segment of each of these groups."""
         self._error: BaseException | None = None
         self.loaded: deque[WeightsLoaded] = deque(maxlen=10_000)
         self.received = 0
@@ -71,6 +80,15 @@ class Intake:
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
 
     # ------------------------------------------------------------------------------------------------ for the trainer's thread
+
+    def restore(self, on_record: Iterable[OnRecord]) -> None:
+        """Take what an earlier learner journaled; until `caught_up` nothing is decided about training groups. Call it before `start`."""
+        ended: list[GroupOutcome] = []
+        with self._lock:
+            self._holding = True
+            for found in on_record:
+                ended += self._keep(found.trajectory, found.segment)
+        self._end_now(ended)
 
     def start(self) -> None:
         """Register with the supervisor and begin to take trajectories."""
@@ -88,15 +106,27 @@ class Intake:
             self._wanted = -1
             recorder.enter("build batch", iteration=iteration)
             batch = self._batcher.take(iteration, self._issued(), self._assembler)
-        self.end_groups(batch.given_up)
+        self._end_now(batch.given_up)
         return batch
+
+    def retake(self, iteration: int, group_ids: Sequence[int]) -> Batch:
+        """A batch as it was recorded before a restart."""
+        with self._lock:
+            return self._batcher.retake(iteration, group_ids)
+
+    def caught_up(self) -> None:
+        """Every recorded batch has been built again: from now on complete groups are decided on when they come."""
+        with self._lock:
+            self._holding = False
+            ended = self._batcher.settle()
+        self._end_now(ended)
 
     def wait_end(self, recorder: Recorder) -> None:
         """Serve until the run stops (evaluation goes on after the last iteration). What is still issued for training is unfinished."""
         while True:
             with self._lock:
                 unfinished = self._batcher.leave_over(self._issued(), self._assembler)
-            self.end_groups(tuple(unfinished))
+            self._end_now(unfinished)
             with self._lock:
                 recorder.enter("waiting:end of run", "dispatcher", "the last evaluation")
                 self._lock.wait(1.0)
@@ -119,15 +149,40 @@ class Intake:
             self._outgoing.append(ready)
         self._node.wake()
 
-    def end_groups(self, outcomes: tuple[GroupOutcome, ...]) -> None:
-        """Write terminal states to the ledger and tell the dispatcher."""
+    def end_groups(self, outcomes: Sequence[GroupOutcome]) -> None:
+        """Tell the dispatcher of terminal states; they are written with the next commit."""
+        with self._lock:
+            self._uncommitted |= {outcome.group_id: outcome for outcome in outcomes}
+            self._outgoing.extend(outcomes)
+        self._node.wake()
+
+    def to_commit(self) -> tuple[tuple[GroupOutcome, ...], int]:
+        """Terminal states that the next commit writes, and the oldest journal segment that is needed once they are written."""
+        with self._lock:
+            needed = [segment for group, segment in self._segments.items() if group not in self._uncommitted]
+            return tuple(self._uncommitted.values()), min([*needed, self._journal.position[0]])
+
+    def committed(self, outcomes: Iterable[GroupOutcome]) -> None:
+        """These stand in the ledger."""
+        with self._lock:
+            for ended in outcomes:
+                self._uncommitted.pop(ended.group_id, None)
+                self._forget(ended.group_id)
+
+    def _end_now(self, outcomes: Sequence[GroupOutcome]) -> None:
+        """Terminal states that no update depends on: written at once, then told."""
         if not outcomes:
             return
         self._ledger.ended(outcomes)
         with self._lock:
-            self._outcomes.extend(outcomes)
+            for ended in outcomes:
+                self._forget(ended.group_id)
             self._outgoing.extend(outcomes)
         self._node.wake()
+
+    def _forget(self, group_id: int) -> None:
+        self._on_record.pop(group_id, None)
+        self._segments.pop(group_id, None)
 
     def report(self, iteration: int, values: dict[str, float]) -> None:
         """Send the numbers of one iteration to the dashboard."""
@@ -191,6 +246,7 @@ class Intake:
     def _take_trajectories(self) -> None:
         acknowledged: dict[str, list[tuple[int, int, int]]] = {}
         ended: list[GroupOutcome] = []
+        journaled: list[tuple[int, int, int]] = []
         for peer, message in self._trajectories.receive():
             if isinstance(message, Hello):
                 self._incoming.add_peer(peer)
@@ -199,22 +255,35 @@ class Intake:
                 self.received += 1
                 acknowledged.setdefault(peer, []).append(key_of(message))
                 with self._lock:
-                    if not self._assembler.holds(message):
-                        self._journal.append([b"trajectory", *encode(message, self._run)])
-                    group = self._assembler.add(message)
-                    if group is not None:
-                        ended += self._complete(group)
+                    if self._assembler.holds(message):
+                        self._assembler.add(message)  # counted and dropped
+                        continue
+                    segment, _ = self._journal.append([TRAJECTORY, *encode(message, self._run)])
+                    journaled.append(key_of(message))
+                    ended += self._keep(message, segment)
+        if journaled:
+            for link in self._dispatchers.values():
+                link.send(Journaled(keys=np.array(journaled, np.int64)))
         for peer, keys in acknowledged.items():
             self._trajectories.send(peer, Ack(keys=np.array(keys, np.int64)))
         for peer, total in self._incoming.grants():
             self._trajectories.send(peer, Credit(total=total))
-        if ended:
-            self.end_groups(tuple(ended))
+        self._end_now(ended)
+
+    def _keep(self, trajectory: Trajectory, segment: int) -> list[GroupOutcome]:
+        """A trajectory that is on record. Returns the terminal states that follow from it."""
+        self._on_record.setdefault(trajectory.group_id, []).append(key_of(trajectory))
+        self._segments.setdefault(trajectory.group_id, segment)
+        group = self._assembler.add(trajectory)
+        return [] if group is None else self._complete(group)
 
     def _complete(self, group: Group) -> list[GroupOutcome]:
         """A training group waits for its batch; an evaluation group ends here."""
         first = group.trajectories[0]
         if first.purpose == "train":
+            if self._holding:
+                self._batcher.hold(group)
+                return []
             ended = self._batcher.add(group)
             self._lock.notify_all()
             return ended
@@ -230,20 +299,29 @@ class Intake:
                         self._weights.send(peer, self._newest)
             elif isinstance(message, WeightsLoaded):
                 self.loaded.append(message)
-                if message.error:
+                newest = self._newest
+                if message.error and newest is not None and (message.number, message.incarnation) < (newest.number, newest.incarnation):
+                    self._weights.send(peer, newest)  # that one may have been removed already: it shall take the newest
+                elif message.error:
                     log.warning("%s could not load v%d: %s", message.generator, message.number, message.error)
                     self._node.event("weights refused", generator=message.generator, version=message.number, error=message.error)
-                    if self._newest is not None:
-                        self._weights.send(
-                            peer, self._newest
-                        )  # once more, or the newer one that it missed; the actor itself gives up after that
+                    if newest is not None:
+                        self._weights.send(peer, newest)  # once more; the actor itself gives up after that
+
+    def _rewarder_gone(self, identity: str) -> None:
+        self._incoming.drop_peer(identity)
+
+    def _reader_gone(self, identity: str) -> None:
+        self._readers.discard(identity)
 
     def _greet(self, link: Link) -> None:
-        """A dispatcher appeared: it hears every terminal state again."""
+        """A dispatcher appeared: it hears what is on record without a terminal state in the ledger, and the states that are not there yet."""
         spec = self._node.spec
-        link.send(Hello(role="learner", index=spec.index, identity=self._node.identity, epoch=spec.epoch))
         with self._lock:
-            for known in self._outcomes:
+            keys = [key for known in self._on_record.values() for key in known]
+            holds = np.array(keys, np.int64).reshape(-1, 3)
+            link.send(Hello(role="learner", index=spec.index, identity=self._node.identity, epoch=spec.epoch, holds=holds))
+            for known in self._uncommitted.values():
                 link.send(known)
 
     def _send(self) -> None:

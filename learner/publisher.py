@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from protocol.errors import UserError
-from protocol.manifest import Published, prune, publish
+from protocol.ledger import Ledger
+from protocol.manifest import Published, prune, publish, remove_older_incarnations
 from protocol.messages import Version, WeightsReady
 
 KEEP = 2
@@ -35,9 +36,10 @@ CONFIG_FILES = (
 class Publisher:
     """Writes versions of one model under `root` (tmpfs if it can be)."""
 
-    def __init__(self, root: Path, model_dir: Path, dtype: str) -> None:
+    def __init__(self, root: Path, model_dir: Path, dtype: str, ledger: Ledger | None = None) -> None:
+        """With a ledger a version appears only while this writer is the present one."""
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._root, self._model_dir = root, model_dir
+        self._root, self._model_dir, self._ledger = root, model_dir, ledger
         self.dtype = DTYPES[dtype]
 
     def publish(self, version: Version, tensors: Iterable[tuple[str, Tensor]]) -> WeightsReady:
@@ -46,11 +48,27 @@ class Publisher:
         Raises UserError when the disk is full, and leaves nothing.
         """
         try:
-            done = publish(self._root, version, str(self._model_dir), lambda directory: self._write(directory, tensors))
+            done = publish(
+                self._root,
+                version,
+                str(self._model_dir),
+                lambda directory: self._write(directory, tensors),
+                appear=self._appearing(version),
+            )
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self._root}: version {version} cannot be written ({error}); {_free(self._root)}") from None
         prune(self._root, KEEP)
         return announcement(done)
+
+    def _appearing(self, version: Version) -> Callable[[str, Callable[[], object]], object]:
+        ledger = self._ledger
+        if ledger is None:
+            return lambda sha256, rename: rename()
+        return lambda sha256, rename: ledger.publish(version.number, version.incarnation, sha256, rename)
+
+    def remove_older_incarnations(self, incarnation: int) -> None:
+        """What was published before a rollback goes; generators that have it loaded keep it until a newer one comes."""
+        remove_older_incarnations(self._root, incarnation)
 
     def _write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         save_shards(directory, tensors, self.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -139,6 +139,11 @@ class LearnerSettings(_Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more work."
     )
+    commit_every: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] = Field(
+        default="auto",
+        description="Iterations from one commit to the next; auto: as often as costs at most 2 % of the time; 0: never (a restart begins anew).",
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="The newest checkpoints that stay.")
     collective_timeout_s: float = Field(default=3600.0, gt=0, description="Longest wait of one rank for another.")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Which checkpoints stay on disk.")
 

@@ -21,23 +21,29 @@ import msgpack
 import numpy as np
 
 from learner.batcher import Assembler, Batch, Batcher, check_staleness
+from learner.checkpoint import load
+from learner.checkpoint_files import clean
+from learner.commits import CommitPolicy, Committer, Pending
 from learner.intake import Intake
 from learner.line import BatchRule
 from learner.packing import TrainSample
 from learner.parallel import Group, SingleProcess, connect_store, join, open_store
 from learner.publisher import DTYPES, Publisher
+from learner.recovery import BATCH, VOID, Part, newest_good, sort_out
 from learner.settings import LearnerSettings
 from learner.showing import RATIO_EDGES, Counts, distributions, spreads, to_read
 from learner.step import StepMetrics, pick_device
 from learner.steps import build_step
 from protocol.errors import RunEnded
 from protocol.intervals import Recorder
-from protocol.journal import Journal
-from protocol.ledger import Ledger
+from protocol.journal import Journal, read_records
+from protocol.ledger import Ledger, Writer
 from protocol.messages import Version
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.learner")
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,8 @@ class LearnerJob:
     samples_every: int = 10
     """Iterations between samples that are shown as text; 0 never."""
     samples: int = 4
+    journal_keep_bytes: int | None = None
+    """Older segments go beyond this, once no checkpoint needs them; None keeps all."""
 
 
 def run_learner(node: Node, job: LearnerJob) -> None:
@@ -78,10 +86,22 @@ class Leader:
         self._node, self._job = node, job
         self._recorder: Recorder = node.recorder
         batcher = Batcher(job.settings, job.batches, job.group_size)
-        assembler = Assembler(job.group_size, job.eval_samples)
+        spec = node.spec
         self._journal = Journal(job.run_dir / "journal")
-        self._ledger = Ledger(job.run_dir / "ledger.sqlite")
+        self._ledger = Ledger(job.run_dir / "ledger.sqlite", Writer(spec.role, spec.index, spec.start))
+        self._checkpoint = newest_good(self._ledger, job.run_dir)
+        versions, ended = self._ledger.versions(), self._ledger.ended_groups()
+        self._incarnation = max((incarnation for _, incarnation in versions), default=-1) + 1
+        assembler = Assembler(job.group_size, job.eval_samples, ended)
+        self._batcher = batcher
         self._intake = Intake(node, assembler, batcher, self._journal, self._ledger)
+        self._committer = Committer(
+            job.run_dir / CHECKPOINTS,
+            CommitPolicy(job.settings.commit_every),
+            keep_last=job.settings.keep_checkpoints,
+            ledger=self._ledger,
+            on_commit=self._committed,
+        )
         self._tokens = 0.0
         self._failed = False
         self._iterations_done = 0
@@ -89,12 +109,41 @@ class Leader:
         node.progress = lambda: self._intake.received + self._iterations_done
         node.facts = lambda: {**self._intake.facts(), "ranks": job.settings.ranks}
         try:
-            self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype)
+            self._batches = self._recover(ended)
+            self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype, self._ledger)
             self._group = self._gather(job)
             self._step = build_step(job.settings, job.model_dir, self._group)
         except BaseException:
             self._close()  # the sockets belong to the intake's thread: it must have ended before the node is closed
             raise
+
+    def _recover(self, ended: set[int]) -> list[Part]:
+        """Take what an earlier learner of this run put on record. Returns the batches to train again."""
+        job, checkpoint = self._job, self._checkpoint
+        first = checkpoint.first_segment if checkpoint else 0
+        records = read_records(job.run_dir / "journal", first)
+        found = sort_out(records, self._node.transport.run, ended, self._version, job.group_size, job.batches.parts)
+        if found.void_from is not None:
+            log.warning("batches recorded from iteration %d on are damaged: they are formed anew", found.void_from)
+            self._journal.append([VOID, msgpack.packb({"from": found.void_from})])
+        outcomes = [o for o in self._ledger.outcomes() if o.purpose == "train"]
+        self._batcher.restore(self._version, [o.group_id for o in outcomes], sum(o.in_batch for o in outcomes))
+        self._intake.restore(found.trajectories)
+        if not found.batches:
+            self._intake.caught_up()
+        if self._incarnation:
+            log.info(
+                "going on at v%d, incarnation %d: %d journaled samples of groups that are open, %d recorded batches to train again",
+                self._version, self._incarnation, len(found.trajectories), len(found.batches),
+            )  # fmt: skip
+            self._node.event("learner resumed", version=self._version, incarnation=self._incarnation, batches=len(found.batches))
+        clean(job.run_dir / CHECKPOINTS)
+        return found.batches
+
+    @property
+    def _version(self) -> int:
+        """Where the state of the last commit stands."""
+        return self._checkpoint.number if self._checkpoint else 0
 
     def _gather(self, job: LearnerJob) -> Group:
         if job.settings.ranks == 1:
@@ -135,38 +184,76 @@ class Leader:
     def train(self) -> None:
         """The loop of the whole system."""
         recorder, job = self._recorder, self._job
-        self._publish(0)
-        for iteration in range(job.iterations):
+        self._load()
+        self._publish(self._version)
+        self._publisher.remove_older_incarnations(self._incarnation)
+        for iteration in range(self._version, job.iterations):
             parts: list[tuple[Batch, StepMetrics]] = []
             train_s = 0.0
+            commit = False
             while not parts or not parts[-1][0].last:
-                batch = self._intake.wait_batch(iteration, recorder)
+                batch = self._next_batch(iteration)
                 check_staleness(batch, job.batches.max_staleness)
 
-                with recorder.during("journal batch", iteration=iteration):
-                    record = {"iteration": iteration, "part": batch.part, "groups": [o.group_id for o in batch.outcomes]}
-                    self._journal.append([b"batch", msgpack.packb(record)])
-                    self._journal.sync()
-
                 started = time.monotonic()
+                commit = batch.last and self._committer.due(iteration + 1, last=iteration + 1 == job.iterations)
                 with recorder.during("train", iteration=iteration):
                     if self._group.size > 1:
                         with recorder.during("waiting:ranks", "learner", "the batch's broadcast"):
-                            self._group.broadcast_bytes(pack_batch(batch.samples, iteration))
+                            self._group.broadcast_bytes(pack_batch(batch.samples, iteration, last=batch.last, commit=commit))
                     metrics = self._step.train(batch.samples, iteration, job.iterations)
                 train_s += time.monotonic() - started
                 parts.append((batch, metrics))
 
             publish_s = self._publish(iteration + 1)
-            self._intake.end_groups(tuple(outcome for batch, _ in parts for outcome in batch.outcomes))
+            self._intake.end_groups([outcome for batch, _ in parts for outcome in batch.outcomes])
+            if commit:
+                self._commit(iteration + 1)
             self._report(parts[-1][0], over_parts([metrics.values for _, metrics in parts]), train_s, publish_s)
             self._show(parts[-1][0], [metrics.ratio_counts for _, metrics in parts])
             self._iterations_done += 1
+        with recorder.during("commit"):
+            self._committer.wait()
+
+    def _load(self) -> None:
+        """Every rank takes the state of the checkpoint."""
+        path = str(self._job.run_dir / self._checkpoint.directory) if self._checkpoint else ""
+        if self._group.size > 1:
+            self._group.broadcast_bytes(path.encode())
+        if path:
+            load(Path(path), self._step, verified=True)
+
+    def _next_batch(self, iteration: int) -> Batch:
+        """The batch as it was recorded before a restart, or the next to be complete, which is recorded before anything is computed."""
+        if self._batches:
+            batch = self._intake.retake(iteration, self._batches.pop(0).groups)
+            if not self._batches:
+                self._intake.caught_up()
+            return batch
+        batch = self._intake.wait_batch(iteration, self._recorder)
+        with self._recorder.during("journal batch", iteration=iteration):
+            record = {"iteration": iteration, "part": batch.part, "groups": [o.group_id for o in batch.outcomes]}
+            self._journal.append([BATCH, msgpack.packb(record)])
+            self._journal.sync()
+        return batch
+
+    def _commit(self, number: int) -> None:
+        with self._recorder.during("snapshot"):
+            self._committer.wait()  # else what that commit writes would be written twice
+            outcomes, first = self._intake.to_commit()
+            pending = Pending(self._incarnation, outcomes, self._journal.position, first)
+            self._committer.begin(self._step, number, pending)
+
+    def _committed(self, pending: Pending, oldest_segment: int) -> None:
+        """In the writer's thread: a commit stands."""
+        self._intake.committed(pending.outcomes)
+        self._journal.trim(oldest_segment, self._job.journal_keep_bytes)
 
     def _publish(self, number: int) -> float:
         started = time.monotonic()
         with self._recorder.during("publish", iteration=number):
-            ready = self._publisher.publish(Version(number), self._step.published_tensors(self._publisher.dtype))
+            version = Version(number, self._incarnation)
+            ready = self._publisher.publish(version, self._step.published_tensors(self._publisher.dtype))
             self._intake.announce(replace(ready, groups_taken=self._intake.groups_taken))
         return time.monotonic() - started
 
@@ -191,7 +278,12 @@ class Leader:
         self._intake.show([*distributions(self._node.identity, batch.iteration, time.time(), found), *samples])
 
     def _gauges(self) -> dict[str, float]:
-        return {"learner/received": float(self._intake.received), "learner/tokens": self._tokens}
+        return {
+            "learner/received": float(self._intake.received),
+            "learner/tokens": self._tokens,
+            "learner/commit_s": self._committer.seconds,
+            "learner/committed_version": float(self._committer.committed),
+        }
 
     def _end_when_stopped(self) -> None:
         """A stop during a long step or collective: give it a moment to end in order, then leave."""
@@ -244,18 +336,25 @@ def follow(node: Node, job: LearnerJob) -> None:
     rank = node.spec.index
     group = join(store, rank, settings.ranks, device=pick_device(settings.device, rank), timeout_s=settings.collective_timeout_s)
     step = build_step(settings, job.model_dir, group)
+    path = group.broadcast_bytes(None).decode()
+    if path:
+        load(Path(path), step, verified=True)
+    committer = Committer(job.run_dir / CHECKPOINTS, CommitPolicy(settings.commit_every))
     dtype = DTYPES[job.publish_dtype]
+    iteration, last, commit = 0, True, False
     while True:
-        node.recorder.enter("publish")
-        step.help_publishing(dtype)  # version 0, then that of each iteration
+        if last:
+            node.recorder.enter("publish")
+            step.help_publishing(dtype)  # the version that training starts from, then that of each iteration
+        if commit:
+            committer.begin(step, iteration + 1, None)
         node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")
         data = group.broadcast_bytes(None)
         if not data:
             break
-        samples, iteration = unpack_batch(data)
+        samples, iteration, last, commit = unpack_batch(data)
         node.recorder.enter("train", iteration=iteration)
         step.train(samples, iteration, job.iterations)
-    step.help_publishing(dtype)  # the final model
     node.recorder.enter("waiting:end of run", "learner", "")
     poller.join()
 
@@ -271,25 +370,28 @@ def _poll_until_stopped(node: Node) -> None:
         os._exit(0)
 
 
-def pack_batch(samples: Sequence[TrainSample], iteration: int) -> bytes:
-    """A batch as msgpack with raw little-endian arrays: nothing is pickled between ranks either."""
+def pack_batch(samples: Sequence[TrainSample], iteration: int, *, last: bool = True, commit: bool = False) -> bytes:
+    """A batch as msgpack with raw little-endian arrays: nothing is pickled between ranks either.
+
+    `last`: a version is published after it; `commit`: the state is taken then.
+    """
 
     def plain(value: Any) -> Any:
         return value.tobytes() if isinstance(value, np.ndarray) else value
 
     rows = [{name: plain(value) for name, value in asdict(sample).items()} for sample in samples]
-    data: bytes = msgpack.packb({"iteration": iteration, "samples": rows})
+    data: bytes = msgpack.packb({"iteration": iteration, "last": last, "commit": commit, "samples": rows})
     return data
 
 
 _ARRAYS = {"prompt_ids": np.int32, "token_ids": np.int32, "behaviour_logprobs": np.float32, "loss_mask": np.bool_}
 
 
-def unpack_batch(data: bytes) -> tuple[list[TrainSample], int]:
+def unpack_batch(data: bytes) -> tuple[list[TrainSample], int, bool, bool]:
     """The inverse of `pack_batch`."""
     content = msgpack.unpackb(data)
     samples = [
         TrainSample(**{name: np.frombuffer(value, _ARRAYS[name]) if name in _ARRAYS else value for name, value in row.items()})
         for row in content["samples"]
     ]
-    return samples, content["iteration"]
+    return samples, content["iteration"], content["last"], content["commit"]

@@ -51,7 +51,11 @@ CHANNELS = {
         "who lives, who stops",
     ),
     "tasks": Channel(
-        "dispatcher", ("generator",), (m.Hello, m.Credit), (m.GroupTask, m.Refused), "a credit is a group that a generator wants"
+        "dispatcher",
+        ("generator", "rewarder"),
+        (m.Hello, m.Credit, m.Holdings),
+        (m.GroupTask, m.Inventory, m.Refused),
+        "a credit is a group that a generator wants; reward actors only say what they hold",
     ),
     "completions": Channel(
         "rewarder",
@@ -64,7 +68,9 @@ CHANNELS = {
     "weights": Channel(
         "learner", ("generator", "dispatcher"), (m.Hello, m.WeightsLoaded), (m.WeightsReady, m.Refused), "the newest version, also on Hello"
     ),
-    "outcomes": Channel("dispatcher", ("learner",), (m.Hello, m.GroupOutcome), (m.Refused,), "terminal states, already in the ledger"),
+    "outcomes": Channel(
+        "dispatcher", ("learner",), (m.Hello, m.GroupOutcome, m.Journaled), (m.Refused,), "terminal states, and what is in the journal"
+    ),
     "observe": Channel(
         "dashboard",
         EVERYONE,
@@ -105,6 +111,11 @@ class Transport:
     keys: Keys | None = None
     context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     opened: list[zmq.Socket[bytes]] = field(default_factory=list)
+    severed: threading.Event = field(default_factory=threading.Event)
+
+    def cut(self) -> None:
+        """From now on nothing arrives and nothing leaves, as behind a broken network: for fault rehearsals."""
+        self.severed.set()
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A socket that `close` closes."""
@@ -165,6 +176,7 @@ class _Socket:
         self.channel = channel
         self.spec = CHANNELS[channel]
         self._run = transport.run
+        self._severed = transport.severed
         self.socket: zmq.Socket[bytes] = transport.socket(kind)
         self.socket.linger = 0
         self.socket.sndhwm = self.socket.rcvhwm = HIGH_WATER_MARK
@@ -174,6 +186,8 @@ class _Socket:
     def _frames(self) -> list[bytes] | None:
         """The frames of one message that has arrived. (`recv_multipart` asks the socket after each whether there are more.)"""
         receive = self.socket.recv
+        if self._severed.is_set():
+            return None
         try:
             frame = receive(_NOW, copy=False)
         except zmq.Again:
@@ -190,6 +204,8 @@ class _Socket:
 
     def _put(self, frames: Sequence[bytes | memoryview]) -> None:
         """Queue one message. Raises zmq.Again when the queue is full, before any part of it is queued."""
+        if self._severed.is_set():
+            return
         send = self.socket.send
         for frame in frames[:-1]:
             send(frame, _NOW_AND_MORE)

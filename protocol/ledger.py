@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from protocol.errors import DataError, Fenced
 from protocol.messages import GroupOutcome, Purpose
@@ -192,6 +193,10 @@ class Ledger:
         """Problems that no group is made of: (problem_id, reason)."""
         self._write("INSERT OR IGNORE INTO skipped VALUES (?,?)", list(problems))
 
+    def num_skipped(self) -> int:
+        """Problems that no group is made of."""
+        return int(self._db.execute("SELECT COUNT(*) FROM skipped").fetchone()[0])
+
     def issues(self) -> list[Issue]:
         """The issue log in its order."""
         rows = self._db.execute(f"SELECT {','.join(_ISSUED)} FROM issued ORDER BY rowid").fetchall()
@@ -246,7 +251,17 @@ class Ledger:
     def outcomes(self) -> list[GroupOutcome]:
         """Every terminal state, by group."""
         rows = self._db.execute(f"SELECT {','.join(_ENDED)} FROM ended ORDER BY group_id").fetchall()
-        return [GroupOutcome(**{**dict(zip(_ENDED, row, strict=True)), "in_batch": bool(row[_ENDED.index("in_batch")])}) for row in rows]
+        return [_outcome(row) for row in rows]
+
+    def outcomes_of(self, group_ids: Iterable[int]) -> list[GroupOutcome]:
+        """The terminal states that these groups have."""
+        wanted = list(group_ids)
+        found = []
+        for start in range(0, len(wanted), 500):
+            some = wanted[start : start + 500]
+            query = f"SELECT {','.join(_ENDED)} FROM ended WHERE group_id IN ({','.join('?' * len(some))})"
+            found += [_outcome(row) for row in self._db.execute(query, some).fetchall()]
+        return found
 
     def open_groups(self) -> dict[int, str]:
         """Training groups that were issued and have no terminal state here, with their problems, in their order."""
@@ -297,6 +312,10 @@ class Ledger:
 
 _ISSUED = tuple(spec.name for spec in fields(Issue))
 _INSERT_ENDED = f"INSERT INTO ended ({','.join(_ENDED)}) VALUES ({','.join('?' * len(_ENDED))})"
+
+
+def _outcome(row: Sequence[Any]) -> GroupOutcome:
+    return GroupOutcome(**{**dict(zip(_ENDED, row, strict=True)), "in_batch": bool(row[_ENDED.index("in_batch")])})
 
 
 def _ended_row(outcome: GroupOutcome) -> tuple[object, ...]:

@@ -35,10 +35,19 @@ class Published:
     num_bytes: int
 
 
-def publish(root: Path, version: Version, base_model: str, write_shards: Callable[[Path], None], *, sync: bool = False) -> Published:
+def publish(
+    root: Path,
+    version: Version,
+    base_model: str,
+    write_shards: Callable[[Path], None],
+    *,
+    sync: bool = False,
+    appear: Callable[[str, Callable[[], object]], object] = lambda sha256, rename: rename(),
+) -> Published:
     """Publish `version` under `root`: `write_shards(directory)` writes the safetensors files, this adds the manifest and renames.
 
-    `sync` forces the bytes to disk (not needed on tmpfs). Raises WeightsError when that version already stands there, OSError when the disk
+    `sync` forces the bytes to disk (not needed on tmpfs). `appear(manifest_sha256, rename)` calls `rename`, or raises to
+    refuse. Raises WeightsError when that version already stands there, OSError when the disk
     is full; in both cases nothing is left behind.
     """
     target = root / str(version)
@@ -61,7 +70,7 @@ def publish(root: Path, version: Version, base_model: str, write_shards: Callabl
             for path in aside.iterdir():
                 _fsync(path)
             _fsync(aside)
-        aside.rename(target)
+        appear(hashlib.sha256(text).hexdigest(), lambda: aside.rename(target))
         if sync:
             _fsync(root)
     except BaseException:
@@ -92,6 +101,14 @@ def prune(root: Path, keep: int) -> None:
     versions = sorted(((v, d) for d in root.iterdir() if (v := _version_of(d)) is not None), reverse=True)
     for _, directory in versions[keep:]:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_older_incarnations(root: Path, incarnation: int) -> None:
+    """Remove what was published before a rollback, and what a writer that died left unfinished."""
+    for directory in root.iterdir():
+        version = _version_of(directory)
+        if (version is not None and version.incarnation < incarnation) or directory.name.startswith(".v"):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _version_of(directory: Path) -> Version | None:

@@ -145,6 +145,49 @@ class Ack(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory(Message):
+    """Dispatcher to generators and reward actors, when an actor has died: what do you hold? Answered by Holdings with the same number.
+
+    Example:
+        Inventory(number=3)
+    """
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings(Message):
+    """Generator or reward actor to dispatcher: every sample that it holds now and that is not acknowledged.
+
+    Example:
+        Holdings(number=3, keys=array([[7, 0, 0], [7, 3, 0]]))
+    """
+
+    number: int
+    """Of the Inventory that it answers."""
+    keys: Int64Array
+    """[n, 3]: group_id, index, attempt."""
+
+    def fault(self) -> str:
+        return _keys_fault("keys", self.keys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journaled(Message):
+    """Learner to dispatcher: these samples are in the journal; nobody needs to sample them again.
+
+    Example:
+        Journaled(keys=array([[7, 0, 0], [7, 3, 0]]))
+    """
+
+    keys: Int64Array
+    """[n, 3]: group_id, index, attempt."""
+
+    def fault(self) -> str:
+        return _keys_fault("keys", self.keys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refused(Message):
     """The receiver does not serve this peer (another run, an older epoch); `reason` is one sentence.
 

@@ -97,6 +97,7 @@ class Node:
         self._links: dict[str, dict[str, Link]] = {}
         self._on_link: dict[str, Callable[[Link], None]] = {}
         self._on_gone: dict[str, Callable[[str], None]] = {}
+        self._on_connector_gone: dict[str, Callable[[str], None]] = {}
         self._outbox: deque[Message] = deque()
         self._published: dict[str, str] = {}
         self._peers: list[dict[str, Any]] = []
@@ -105,8 +106,10 @@ class Node:
         self.closed = False
         self.join("observe")
 
-    def serve(self, channel: str) -> Endpoint:
-        """Bind a channel. Its address is published by `start`."""
+    def serve(self, channel: str, on_gone: Callable[[str], None] | None = None) -> Endpoint:
+        """Bind a channel. Its address is published by `start`; `on_gone` is called with the identity of each connecting process that died."""
+        if on_gone:
+            self._on_connector_gone[channel] = on_gone
         endpoint = Endpoint(self.transport, channel, f"{self.spec.name}.{self.spec.start}.{channel}")
         self._served[channel] = endpoint
         self._poller.add(endpoint)
@@ -128,6 +131,10 @@ class Node:
     def publish_address(self, name: str, address: str) -> None:
         """Publish, with `start`, an address that is no channel of ours (the meeting point of the learner's ranks)."""
         self._published[name] = address
+
+    def identities_of(self, *roles: str) -> set[str]:
+        """Who lives in these roles, as far as the supervisor has told."""
+        return {p["identity"] for p in self._peers if p["role"] in roles}
 
     def addresses_of(self, name: str) -> dict[str, str]:
         """Addresses published under `name`: "role-index" -> address."""
@@ -252,13 +259,21 @@ class Node:
             self.clock.observe(message.sent_s, message.received_s, message.replied_s, now_s())
 
     def _meet(self, message: Peers) -> None:
+        gone = {p["identity"]: p["role"] for p in self._peers}
+        for peer in message.peers:
+            gone.pop(peer["identity"], None)
         self._peers = message.peers
+        for identity, role in gone.items():
+            for channel, call in self._on_connector_gone.items():
+                if role in CHANNELS[channel].connectors:
+                    call(identity)
         for channel, links in self._links.items():
             binder = CHANNELS[channel].binder
             wanted = {p["identity"]: p["addresses"][channel] for p in message.peers if p["role"] == binder and channel in p["addresses"]}
             for identity in [known for known in links if known not in wanted]:
                 link = links.pop(identity)
-                self._poller.remove(link)
+                if not link.spec.one_way:
+                    self._poller.remove(link)
                 link.close()
                 if channel in self._on_gone:
                     self._on_gone[channel](identity)
@@ -277,12 +292,20 @@ def resident_bytes() -> int:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    """Ask the kernel to kill this process when its parent dies (Linux); ends at once if that was before the asking."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+        parent = os.environ.get(PARENT)
+        if parent and os.getppid() != int(parent):
+            os._exit(1)
+
+
+PARENT = "RLSYS_PARENT"
+"""Environment variable: the pid of the supervisor."""
 
 
 def on_terminate(node: Node) -> None:
-    """SIGTERM stops in order; SIGINT is the supervisor's affair."""
+    """SIGTERM stops in order; SIGINT is the supervisor's affair; SIGUSR2 cuts all connections for good (`rlsys chaos --mode partition`)."""
     signal.signal(signal.SIGTERM, lambda *_: node.stop("terminated"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, lambda *_: node.transport.cut())

@@ -49,6 +49,32 @@ def build_parser() -> argparse.ArgumentParser:
     timeline.add_argument("run", type=Path, metavar="RUN", help="run directory")
     timeline.add_argument("--out", type=Path, metavar="DIR", help="where trace.json and report.html go (default: the run directory)")
     timeline.add_argument("--json", action="store_true", help="print where they are, and the seconds of each process, as one JSON object")
+    audit = _command(
+        commands, "audit", _audit, "whether a run, live or finished, lost anything, did anything twice or trained on what was too stale"
+    )
+    audit.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    audit.add_argument("--json", action="store_true", help="for machines")
+
+    chaos = _command(commands, "chaos", _chaos, "fault rehearsal: kill, stop, slow or cut off processes of a live run by a seeded plan")
+    chaos.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    chaos.add_argument("--seed", type=int, default=0, help="of the plan: the same seed hits the same roles (default 0)")
+    chaos.add_argument("--kills", type=_count, default=1, metavar="N", help="faults, one after the other (default 1)")
+    chaos.add_argument(
+        "--roles",
+        nargs="+",
+        metavar="ROLE",
+        default=["dispatcher", "generator", "rewarder", "learner", "dashboard"],
+        help="whom to hit (default: all but the supervisor)",
+    )
+    chaos.add_argument(
+        "--mode",
+        choices=("kill", "stop", "slow", "partition"),
+        default="kill",
+        help="SIGKILL; SIGSTOP, found by its silence; stopped nine tenths of 5 s; cut off from all peers (default kill)",
+    )
+    chaos.add_argument("--pause", type=float, default=2.0, metavar="S", help="mean seconds from recovery to the next fault (default 2)")
+    chaos.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest wait for a recovery (default 120)")
+    chaos.add_argument("--json", action="store_true", help="print what was done as one JSON object")
 
     down = _command(commands, "down", _down, "end a run in order; no process is left")
     down.add_argument("run", type=Path, metavar="RUN", help="run directory")
@@ -241,6 +267,27 @@ def _timeline(options: argparse.Namespace) -> int:
     from rlsys.timeline import timeline
 
     return timeline(options.run, options.out, as_json=options.json)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from rlsys.commands import audit
+
+    return audit(options.run, as_json=options.json)
+
+
+def _chaos(options: argparse.Namespace) -> int:
+    from rlsys.commands import chaos
+
+    return chaos(
+        options.run,
+        seed=options.seed,
+        kills=options.kills,
+        roles=options.roles,
+        mode=options.mode,
+        pause_s=options.pause,
+        timeout_s=options.timeout,
+        as_json=options.json,
+    )
 
 
 def _down(options: argparse.Namespace) -> int:

@@ -153,6 +153,32 @@ def status(run: Path, *, as_json: bool) -> int:
     return 0
 
 
+def audit(run: Path, *, as_json: bool) -> int:
+    """What was lost, done twice or too stale; 1 when anything was."""
+    from rlsys.audit import audit_run, lines
+
+    result = audit_run(run)
+    print(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
+    return 0 if result["sound"] else 1
+
+
+def chaos(run: Path, *, seed: int, kills: int, roles: Sequence[str], mode: str, pause_s: float, timeout_s: float, as_json: bool) -> int:
+    """Fault rehearsal on a live run; 0 when every fault of the plan was done."""
+    from rlsys.chaos import chaos as rehearse
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    result = rehearse(run, seed=seed, kills=kills, roles=roles, mode=mode, mean_pause_s=pause_s, timeout_s=timeout_s, say=say)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        times = sorted(hit["useful_after_s"] for hit in result["hits"] if hit["useful_after_s"] is not None)
+        middle = f"; at work again after {times[len(times) // 2]:.1f} s (median)" if times else ""
+        print(f"{len(result['hits'])} of {kills} faults done{middle}; look with `rlsys audit {run}`")
+    return 0 if len(result["hits"]) == kills else 1
+
+
 def down(run: Path, timeout_s: float) -> int:
     """Ask the supervisor to end the run; kill it if it does not (its children end with it)."""
     if read_json(run / "status.json") is None and not (run / "config.yaml").exists():

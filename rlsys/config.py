@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -29,6 +29,7 @@ from actors.settings import (
 from learner.settings import LearnerSettings
 from protocol.errors import ConfigError
 from rlsys.guards import GuardSettings
+from rlsys.restarts import RestartSettings
 
 BUILTIN = "builtin:"
 """Prefix of models and datasets that rlsys makes itself on first use."""
@@ -63,7 +64,10 @@ class DeadlineSettings(Settings):
     """What may take how long before the run ends with a sentence that says who waited for whom. Seconds."""
 
     startup_s: float = Field(300.0, gt=0, description="from the start of a process to its first sign of life")
-    heartbeat_s: float = Field(60.0, gt=0, description="silence after which a process counts as hung")
+    heartbeat_s: float = Field(30.0, gt=0, description="silence after which a process counts as hung and is replaced")
+    busy_s: float = Field(
+        3600.0, gt=0, description="longest time at one piece of work, after which a process counts as hung and is replaced"
+    )
     silent_s: float = Field(5.0, gt=0, description="silence, without using the processor, after which `rlsys why` blames a process")
     quiet_s: float = Field(30.0, gt=0, description="time without any movement after which the run says by itself who waits for whom")
     stall_s: float = Field(900.0, gt=0, description="time in which nothing in the whole ring moves and the learner computes nothing")
@@ -82,6 +86,14 @@ class ObserveSettings(Settings):
     log_mb: float = Field(64.0, gt=0, description="size of a log file before it is moved aside; one older one is kept")
 
 
+class JournalSettings(Settings):
+    """The record of every trajectory and batch, which restarts and `rlsys replay` read."""
+
+    keep: Literal["all"] | Annotated[float, Field(gt=0)] = Field(
+        "all", description="all, or so many GB: older records go once no kept checkpoint needs them, and replay starts later"
+    )
+
+
 class RunConfig(Settings):
     """Everything about one run."""
 
@@ -96,11 +108,13 @@ class RunConfig(Settings):
     generators: GeneratorSettings = Field(default_factory=GeneratorSettings, description="the sampling fleet")
     rewarders: RewarderSettings = Field(default_factory=RewarderSettings, description="the scoring fleet")
     learner: LearnerSettings = Field(default_factory=LearnerSettings, description="how a batch becomes an update")
+    journal: JournalSettings = Field(default_factory=JournalSettings, description="the record that restarts and replay read")
     weights: WeightsSettings = Field(default_factory=WeightsSettings, description="published versions")
     transport: TransportSettings = Field(default_factory=TransportSettings, description="how processes reach each other")
     observe: ObserveSettings = Field(default_factory=ObserveSettings, description="what a run records about itself")
     guards: GuardSettings = Field(default_factory=GuardSettings, description="when learning looks wrong")
     deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings, description="what may take how long")
+    restarts: RestartSettings = Field(default_factory=RestartSettings, description="how often what dies is replaced")
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

@@ -64,6 +64,10 @@ def event_line(event: Event) -> str | None:
         return f"logger {data['logger']} failed and is left out: {data['error']}"
     if event.name == "moving again":
         return "it moves again"
+    if event.name == "restart":
+        return f"{data['how']}; it is started again"
+    if event.name == "learner resumed":
+        return f"the learner goes on from v{data['version']} and trains {data['batches']} recorded batches again"
     if event.name == "weights refused":
         return f"{data['generator']} refused v{data['version']}: {data['error']}"
     return None

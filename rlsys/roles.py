@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol.errors import RunEnded, UserError
+from protocol.errors import Fenced, RunEnded, StalenessViolation, UserError
 from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
 from rlsys.config import RunConfig, parse_config
 from rlsys.schedules import batch_rule, pacing_rule
@@ -18,6 +18,9 @@ from rlsys.schedules import batch_rule, pacing_rule
 log = logging.getLogger("rlsys")
 
 WEIGHTS_DIR = "weights_dir"
+
+FAULT, USER_ERROR, BUG = 1, 2, 3
+"""Exit codes of a process: a fault that a restart may mend, one that the user can mend, and one that would only come again."""
 
 
 def load_run(run_dir: Path) -> RunConfig:
@@ -29,7 +32,7 @@ def load_run(run_dir: Path) -> RunConfig:
 
 
 def run_role(spec_json: str) -> int:
-    """Be one process of a run; returns the exit code. 0: the run stopped it, 2: the user can mend the cause, 1: anything else."""
+    """Be one process of a run; returns the exit code, 0 when the run stopped it."""
     die_with_parent()
     spec = ProcessSpec(**json.loads(spec_json))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -45,11 +48,14 @@ def run_role(spec_json: str) -> int:
     except UserError as error:
         log.error("%s", error)
         node.finished(f"user: {error}")
-        return 2
+        return USER_ERROR
+    except Fenced as error:
+        log.error("%s", error)
+        return FAULT
     except BaseException as error:
         traceback.print_exc()
         node.finished(f"{type(error).__name__}: {error}")
-        return 1
+        return BUG if isinstance(error, StalenessViolation | AssertionError) else FAULT
     finally:
         if not node.closed:
             node.close()
@@ -146,6 +152,7 @@ def _learner(node: Node, config: RunConfig) -> None:
             weights_dir=Path((run_dir / WEIGHTS_DIR).read_text()),
             publish_dtype=config.weights.dtype,
             host=config.transport.host,
+            journal_keep_bytes=None if config.journal.keep == "all" else round(config.journal.keep * 1e9),
             settings=config.learner,
             histograms=config.observe.histograms,
             samples_every=config.observe.samples_every,

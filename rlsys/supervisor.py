@@ -3,13 +3,16 @@
     every process --Register, Heartbeat, Finished, Event--> [ supervisor ] --Peers, Stop--> every process
     dashboard --Snapshot--> [ supervisor ] --> progress on the terminal, status.json, exit.json
 
-The run ends when dispatcher and learner have finished, when it is told to stop, or at the first fault: a process that died, fell silent, or a ring
-in which every process waits. Whatever the end, no process is left `shutdown_s` later, and exit.json says how it ended.
+A process that dies or falls silent is killed with its whole group, fenced off in the ledger, and started again (all ranks of the learner
+together), with a pause that grows; rlsys/restarts.py says when that ends. The run ends when dispatcher and learner have finished, when it is
+told to stop, at a fault that a restart cannot mend, or when every process waits. Whatever the end, no process is left `shutdown_s` later, and
+exit.json says how it ended.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -23,15 +26,19 @@ from typing import Any
 from protocol.channels import Endpoint, Keys, Poller, Transport
 from protocol.clock import now_s
 from protocol.intervals import is_waiting
+from protocol.ledger import Ledger
 from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Message, Peers, Register, Snapshot, Stop
 from protocol.node import ProcessSpec
 from rlsys.config import RunConfig
-from rlsys.launchers.local import Child, cpu_seconds
-from rlsys.roles import WEIGHTS_DIR
-from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_scratch_dir, write_atomically
+from rlsys.launchers.local import Child, cpu_seconds, end_leftover, start_ticks
+from rlsys.restarts import GiveUp, RestartPolicy
+from rlsys.roles import BUG, USER_ERROR, WEIGHTS_DIR
+from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_scratch_dir, read_json, write_atomically
 from rlsys.states import Observer, limits, to_data
 from rlsys.topology import processes
 from rlsys.waits import Explanation, ProcessState, explain, nothing_moves
+
+log = logging.getLogger("rlsys.supervisor")
 
 STATUS_S = 1.0
 """How often status.json is written."""
@@ -55,7 +62,7 @@ class Ending:
 
 @dataclass(slots=True)
 class Process:
-    """What the supervisor knows of one process."""
+    """What the supervisor knows of one process: its present start, or, between two starts, the last."""
 
     child: Child
     started_s: float
@@ -64,6 +71,9 @@ class Process:
     heard_s: float = 0.0
     finished: bool = False
     error: str = ""
+    restart_at_s: float | None = None
+    """It is dead and comes back then."""
+    restarts: int = 0
 
     @property
     def name(self) -> str:
@@ -90,18 +100,21 @@ class View:
     config: RunConfig
     run_dir: Path
     processes: dict[str, Process] = field(default_factory=dict)
+    """By name, such as "generator-0"."""
     snapshot: dict[str, Any] = field(default_factory=dict)
     started_s: float = field(default_factory=time.time)
     phases: list[Phase] = field(default_factory=list)
     training_since_s: float | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    restarts: list[dict[str, Any]] = field(default_factory=list)
+    """What died, how, and when: {"name", "identity", "how", "time_s"}."""
 
 
 class Supervisor:
     """One run. `run` returns how it ended; `stop` may be called from a signal handler."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(self, config: RunConfig, run_dir: RunDir, *, resume: bool = False) -> None:
+        self.config, self.run_dir, self._resume = config, run_dir, resume
         self.view = View(config, run_dir.path)
         self.on_event: Callable[[Event], object] = lambda event: None
         self.on_tick: Callable[[], object] = lambda: None
@@ -113,6 +126,9 @@ class Supervisor:
         self._progress, self._moved_s = -1, time.monotonic()
         self._mark_s, self._mark_cpu_s, self._phase = time.monotonic(), 0.0, "start-up"
         self._run_id = secrets.token_hex(8)
+        self._epoch = 1
+        self._ledger: Ledger | None = None
+        self._policy = RestartPolicy(config.restarts)
         self._scratch: Path | None = None
         self._weights_dir: Path | None = None
         self._transport: Transport | None = None
@@ -123,7 +139,7 @@ class Supervisor:
 
     def tail(self, name: str) -> list[str]:
         """The end of the log of a process, such as "learner-0"."""
-        return next((p.child.tail() for p in self._processes.values() if p.child.spec.name == name), [])
+        return self._processes[name].child.tail() if name in self._processes else []
 
     def run(self) -> Ending:
         """Start everything, watch it until the end, and leave nothing behind."""
@@ -135,10 +151,12 @@ class Supervisor:
                 self._start(role, index, control.address)
             while self._ending is None:
                 poller.wait(0.1)
-                ended = [process for process in self._processes.values() if process.child.exit_code() is not None]
+                alive = [process for process in self._processes.values() if process.restart_at_s is None]
+                ended = [process for process in alive if process.child.exit_code() is not None]
                 for peer, message in control.receive():  # after looking who ended, so that the last words of the dead are heard first
                     self._on_message(control, peer, message)
-                self._watch(ended)
+                self._watch(control, ended)
+                self._restart_due(control)
                 self._tick()
             return self._ending
         except KeyboardInterrupt:
@@ -154,26 +172,56 @@ class Supervisor:
 
     def _prepare(self) -> Endpoint:
         config, path = self.config, self.run_dir.path
-        self._weights_dir = choose_weights_dir(config, path, self._run_id)
+        self._ledger = Ledger(path / "ledger.sqlite")
+        if self._resume:
+            self._take_over(self._ledger)
+        self._weights_dir = choose_weights_dir(config, path, f"{self._run_id}-{self._epoch}" if self._resume else self._run_id)
         check_room(self._weights_dir, config)
         (path / WEIGHTS_DIR).write_text(str(self._weights_dir))
         self._scratch = make_scratch_dir(self._run_id)
+        for key, value in (("run_id", self._run_id), ("epoch", self._epoch), ("scratch", self._scratch), ("weights", self._weights_dir)):
+            self._ledger.put(key, str(value))
         keys = None
         if config.transport.kind == "tcp":
             keys = Keys.make()
-            fd = os.open(path / "keys.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            (path / "keys.json").unlink(missing_ok=True)
+            fd = os.open(path / "keys.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(fd, "w") as file:
                 json.dump({"public": keys.public.decode(), "secret": keys.secret.decode()}, file)
         self._transport = Transport(int(self._run_id, 16), None if keys else self._scratch, config.transport.host, keys)
         return Endpoint(self._transport, "control", "control")
 
+    def _take_over(self, ledger: Ledger) -> None:
+        """Go on with a run whose supervisor is gone: end what it left, and begin a new epoch."""
+        ledger.check()
+        self._run_id = ledger.get("run_id", self._run_id)
+        self._epoch = int(ledger.get("epoch", "0")) + 1
+        for start in ledger.starts():
+            if start.ended_s is None:
+                killed = end_leftover(start.pid, start.ticks)
+                if killed:
+                    log.warning(
+                        "%s-%d@%d (pid %d) was left by the last supervisor and was killed", start.role, start.index, start.start, start.pid
+                    )
+                ledger.stopped(start.role, start.index, start.start, "killed at resume" if killed else "ended with its supervisor")
+        for key in ("scratch", "weights"):
+            left = ledger.get(key)
+            if left and f"rlsys-{self._run_id[:8]}" in left:  # only what a supervisor of this run made for itself
+                shutil.rmtree(left, ignore_errors=True)
+        before = read_json(self.run_dir.path / "exit.json") or read_json(self.run_dir.path / "status.json") or {}
+        self.view.evaluations += before.get("evaluations", [])
+        self.view.restarts += before.get("restarts", [])
+        (self.run_dir.path / "exit.json").unlink(missing_ok=True)
+
     def _start(self, role: str, index: int, control: str) -> None:
+        assert self._ledger is not None
+        start = self._ledger.next_start(role, index, self._epoch)
         spec = ProcessSpec(
             run_id=self._run_id,
-            epoch=1,
+            epoch=self._epoch,
             role=role,
             index=index,
-            start=1,
+            start=start,
             run_dir=str(self.run_dir.path),
             control=control,
             socket_dir=str(self._scratch) if self.config.transport.kind == "ipc" else "",
@@ -181,14 +229,16 @@ class Supervisor:
         )
         threads = {"learner": self.config.learner.threads, "generator": self.config.generators.threads}.get(role, 1)
         environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self._scratch)}
+        before = self._processes.get(spec.name)
         child = Child(spec, self.run_dir.logs / f"{spec.name}.log", environment)
-        self._processes[spec.identity] = Process(child, time.monotonic())
+        self._ledger.started(role, index, start, child.pid, start_ticks(child.pid))
+        self._processes[spec.name] = Process(child, time.monotonic(), restarts=before.restarts if before else 0)
 
     # ------------------------------------------------------------------------------------------------ watching
 
     def _on_message(self, control: Endpoint, peer: str, message: Message) -> None:
-        process = self._processes.get(peer)
-        if process is None:
+        process = self._processes.get(peer.partition("@")[0])
+        if process is None or process.child.spec.identity != peer or process.restart_at_s is not None:
             return
         process.heard_s, received_s = time.monotonic(), now_s()
         if isinstance(message, Register):
@@ -206,30 +256,37 @@ class Supervisor:
             self.view.snapshot = message.values
         elif isinstance(message, Finished):
             process.finished, process.error = True, message.error
-            if (
-                all(p.finished for p in self._processes.values() if p.child.spec.name in ("dispatcher-0", "learner-0"))
-                and not message.error
-            ):
+            if all(self._processes[name].finished for name in ("dispatcher-0", "learner-0")) and not message.error:
                 self.stop("done", "every iteration is done")
 
     def _introduce(self, control: Endpoint) -> None:
-        known = [p.registered for p in self._processes.values() if p.registered is not None]
+        known = [p.registered for p in self._processes.values() if p.registered is not None and p.restart_at_s is None]
         peers = Peers(peers=[{"role": r.role, "index": r.index, "identity": r.identity, "addresses": r.addresses} for r in known])
         for register in known:
             control.send(register.identity, peers)
 
-    def _watch(self, ended: list[Process]) -> None:
+    def _watch(self, control: Endpoint, ended: list[Process]) -> None:
         now, limits = time.monotonic(), self.config.deadlines
-        for identity, process in self._processes.items():
-            code = process.child.exit_code()
+        for process in list(self._processes.values()):
+            identity, code = process.child.spec.identity, process.child.exit_code()
+            if process.restart_at_s is not None:
+                continue
+            beat = process.heartbeat
+            busy_s = time.time() - beat.since_s if beat and not is_waiting(beat.doing) else 0.0
             if code is not None:
                 if process in ended:
-                    self._fail(process, f"{identity} {_how(code)}", user_error=code == 2)
+                    self._died(control, process, f"{identity} {_how(code)}", code)
             elif not process.heard_s and now - process.started_s > limits.startup_s:
-                self._fail(process, f"{identity} gave no sign of life within {limits.startup_s:g} s of its start")
+                self._died(control, process, f"{identity} gave no sign of life within {limits.startup_s:g} s of its start")
             elif process.heard_s and now - process.heard_s > limits.heartbeat_s:
-                doing = process.heartbeat.doing if process.heartbeat else "unknown"
-                self._fail(process, f"{identity} has been silent for {now - process.heard_s:.0f} s; it was last at: {doing}")
+                doing = beat.doing if beat else "unknown"
+                self._died(control, process, f"{identity} has been silent for {now - process.heard_s:.0f} s; it was last at: {doing}")
+            elif beat and busy_s > limits.busy_s:
+                self._died(
+                    control, process, f"{identity} has been at {beat.doing!r} for {busy_s:.0f} s (deadlines.busy_s is {limits.busy_s:g})"
+                )
+            if self._ending is not None:
+                return
         self._watch_stall()
 
     def _watch_stall(self) -> None:
@@ -246,18 +303,55 @@ class Supervisor:
         if self._ending is None:
             error = process.error.removeprefix("user: ")
             reason = error if user_error and error else f"{what}: {error}" if error else what
-            self._ending = Ending("failed", reason, process.child.spec.name, user_error)
+            self._ending = Ending("failed", reason, process.name, user_error)
+
+    # ------------------------------------------------------------------------------------------------ replacing
+
+    def _died(self, control: Endpoint, process: Process, what: str, code: int | None = None) -> None:
+        """A process ended or counts as hung: kill what is left of it, tell everyone, and either plan its return or end the run."""
+        role = process.child.spec.role
+        if code in (USER_ERROR, BUG) or (code == 0 and self._ending is not None):
+            self._fail(process, what, user_error=code == USER_ERROR)
+            return
+        unit = "learner" if role == "learner" else process.name
+        error = "" if process.error.startswith(GROUP_FAULTS) else process.error
+        verdict = self._policy.died(unit, role, time.monotonic(), what, error)
+        if isinstance(verdict, GiveUp):
+            self._fail(process, verdict.reason)
+            return
+        together = [p for p in self._processes.values() if p.child.spec.role == "learner"] if role == "learner" else [process]
+        for one in together:
+            one.child.kill()
+            one.restart_at_s, one.restarts = time.monotonic() + verdict.delay_s, one.restarts + 1
+            one.registered = one.heartbeat = None
+            one.finished = False
+            if self._ledger is not None:
+                spec = one.child.spec
+                self._ledger.stopped(
+                    spec.role, spec.index, spec.start, what if one is process else f"replaced with {process.child.spec.identity}"
+                )
+        log.warning("%s; it is started again in %.1f s", what, verdict.delay_s)
+        record = {"name": process.name, "identity": process.child.spec.identity, "how": what, "time_s": time.time(), "error": process.error}
+        self.view.restarts.append(record)
+        self._tell("restart", **{k: v for k, v in record.items() if k not in ("time_s", "name")})
+        self._introduce(control)
+
+    def _restart_due(self, control: Endpoint) -> None:
+        for process in list(self._processes.values()):
+            if process.restart_at_s is not None and time.monotonic() >= process.restart_at_s and self._ending is None:
+                self._start(process.child.spec.role, process.child.spec.index, control.address)
 
     # ------------------------------------------------------------------------------------------------ showing
 
     def _on_phase(self, event: Event) -> None:
         """Wall and CPU time between the events that part a run."""
-        if event.name == "eval":
-            self.view.evaluations.append(event.data)
-        elif event.name == "training started":
+        if event.name == "eval":  # told again by a dispatcher that came back
+            others = [known for known in self.view.evaluations if known["version"] != event.data["version"]]
+            self.view.evaluations[:] = sorted([*others, event.data], key=lambda result: int(result["version"]))
+        elif event.name == "training started" and self.view.training_since_s is None:
             self.view.training_since_s = event.time_s
         following = {"training started": "training", "training ended": "final evaluation and end"}.get(event.name)
-        if following:
+        if following and following not in (self._phase, *(phase.name for phase in self.view.phases)):
             self._next_phase(following)
 
     def _next_phase(self, name: str) -> None:
@@ -304,13 +398,18 @@ class Supervisor:
             "time_s": now,
             "since_s": self.view.started_s,
             **self.view.snapshot,
+            "epoch": self._epoch,
             "evaluations": self.view.evaluations,
+            "restarts": self.view.restarts,
             "limits": asdict(limits(self.config)),
             "stalled": self._stalled,
             "why": self._explain().sentence,
             "processes": [
                 {
                     "pid": p.child.pid,
+                    "identity": p.child.spec.identity,
+                    "restarts": p.restarts,
+                    "progress": p.heartbeat.progress if p.heartbeat else 0,
                     **to_data(states.get(p.name, ProcessState(name=p.name, registered=False))),
                     "addresses": p.registered.addresses if p.registered else {},
                 }
@@ -337,7 +436,9 @@ class Supervisor:
                 "started_s": self.view.started_s,
                 "ended_s": time.time(),
                 "phases": [{"name": p.name, "wall_s": round(p.wall_s, 3), "cpu_s": round(p.cpu_s, 3)} for p in self.view.phases],
+                "epoch": self._epoch,
                 "evaluations": self.view.evaluations,
+                "restarts": self.view.restarts,
                 "iterations_done": self.view.snapshot.get("iteration", 0),
             }
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
@@ -348,6 +449,8 @@ class Supervisor:
                     shutil.rmtree(directory, ignore_errors=True)
             if self._transport is not None:
                 self._transport.close()
+            if self._ledger is not None:
+                self._ledger.close()
             self.run_dir.release()
             signal.signal(signal.SIGINT, old)
 
@@ -364,7 +467,7 @@ class Supervisor:
                     elif isinstance(message, Register | Heartbeat) and peer not in told:
                         told.add(peer)
                         control.send(peer, Stop(reason=ending.reason or ending.outcome))
-                for identity in self._processes.keys() - told:
+                for identity in {p.child.spec.identity for p in self._processes.values()} - told:
                     if control.send(identity, Stop(reason=ending.reason or ending.outcome)):
                         told.add(identity)
             now = time.monotonic()
@@ -376,10 +479,18 @@ class Supervisor:
                     "processes outlived SIGKILL: " + ", ".join(i for i, p in self._processes.items() if p.child.exit_code() is None)
                 )
             time.sleep(0.05)
+        for process in self._processes.values():
+            if self._ledger is not None and process.restart_at_s is None:
+                spec, code = process.child.spec, process.child.exit_code()
+                self._ledger.stopped(spec.role, spec.index, spec.start, _how(code) if code else "ended with the run")
         if control is not None:
             for _, message in control.receive():
                 if isinstance(message, Snapshot):
                     self.view.snapshot = message.values
+
+
+GROUP_FAULTS = ("InfrastructureFault", "DeadlineExceeded")
+"""Errors that tell of another process's death rather than of a fault that would come again."""
 
 
 def in_words(beat: Heartbeat) -> str:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from protocol.node import ProcessSpec
+from protocol.node import PARENT, ProcessSpec
 
 
 class Child:
@@ -26,7 +26,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **environment},
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", PARENT: str(os.getpid()), **environment},
             )
 
     @property
@@ -47,6 +47,12 @@ class Child:
         except (ProcessLookupError, PermissionError):
             pass
 
+    def kill(self) -> None:
+        """SIGKILL the whole group and wait until the process is gone (a stopped one dies as well)."""
+        self.signal_group(signal.SIGKILL)
+        self._process.wait(timeout=30)
+        self.signal_group(signal.SIGKILL)
+
     def tail(self, lines: int = 20) -> list[str]:
         """The end of its log."""
         try:
@@ -55,6 +61,26 @@ class Child:
                 return log.read().decode("utf-8", "replace").splitlines()[-lines:]
         except OSError:
             return []
+
+
+def start_ticks(pid: int) -> int:
+    """When a process was started, in clock ticks since the boot; 0 when there is none (a zombie is none)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+def end_leftover(pid: int, ticks: int) -> bool:
+    """Kill the group of a process that an earlier supervisor started, if it still lives and is that very process."""
+    if pid <= 0 or not ticks or start_ticks(pid) != ticks:
+        return False
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def cpu_seconds(pids: set[int]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from actors.sandbox import MIB, Limits, wire
-from actors.sandbox.confine import SANDBOX_UID, TMP_BYTES
+from actors.sandbox.confine import SANDBOX_UID
 from actors.sandbox.execution import Program
 from actors.sandbox.runner import Sandbox
 from protocol.errors import InfrastructureFault
@@ -198,32 +198,6 @@ def test_cells_that_keep_dying_are_a_fault_and_never_a_verdict() -> None:
         finally:
             stop.set()
             killer.join(20)
-
-
-def test_a_full_disk_under_a_job_is_a_fault_and_runs_again_on_a_fresh_cell() -> None:
-    """What we ourselves cannot write for a job is never its verdict."""
-    reads = Program(kind=wire.PYTHON, content=b"print(open('/tmp/given').read())", files={"given": b"a" * 8192})
-    with Sandbox(1, profile="namespaces") as sandbox:
-        (cell,) = sandbox.pool.idle_cells()
-        zygote = next(pid for pid in descendants(cell.pid) | {cell.pid} if "/tmp" in _mounts(pid, "tmpfs"))
-        fill = f"open('/tmp/full', 'wb').write(b'x' * {2 * TMP_BYTES})"
-        inner = Path(f"/proc/{zygote}/uid_map").read_text().split()[0]
-        user = ["--setuid", inner, "--setgid", inner]
-        entered = ["nsenter", "--target", str(zygote), "--user", "--mount", *user, "--", "/usr/bin/env", "python3", "-c", fill]
-        assert b"No space left" in subprocess.run(entered, capture_output=True, check=False).stderr
-        assert sandbox.run(reads).stdout == b"a" * 8192 + b"\n"
-        assert sandbox.pool.cells_replaced == 1
-        with pytest.raises(InfrastructureFault, match=r"could not start a job.*No space left"):
-            sandbox.run(Program(kind=wire.PYTHON, content=b"print(1)", files={"given": b"a" * (TMP_BYTES + 1)}))
-        assert sandbox.run(python("print(1)")).stdout == b"1\n"
-
-
-def _mounts(pid: int, kind: str) -> set[str]:
-    try:
-        lines = Path(f"/proc/{pid}/mounts").read_text().splitlines()
-    except OSError:
-        return set()
-    return {line.split()[1] for line in lines if line.split()[2] == kind}
 
 
 def test_a_fork_that_fails_is_a_fault() -> None:

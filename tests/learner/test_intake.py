@@ -15,7 +15,7 @@ from learner.settings import LearnerSettings
 from protocol.errors import RunEnded
 from protocol.journal import Journal, read_journal
 from protocol.ledger import Ledger
-from protocol.messages import Ack, Credit, Event, GroupOutcome, Hello, WeightsLoaded, WeightsReady, key_of
+from protocol.messages import Ack, Credit, Event, GroupOutcome, Hello, Journaled, WeightsLoaded, WeightsReady, key_of
 from protocol.node import Node
 from tests.learner.trajectories import trajectory
 from tests.ring import Peer, Ring
@@ -99,15 +99,24 @@ def test_terminal_states_reach_ledger_and_dispatcher_also_one_that_comes_later(s
     scene.ring.until(lambda: early.of(Hello), "the dispatcher is greeted")
     rewarder.tell(trajectory(1 << 40, 0, None, purpose="eval"))
     scene.ring.until(lambda: early.of(GroupOutcome), "an evaluation group ends without the trainer")
+    assert [key for told in early.of(Journaled) for key in told.keys.tolist()] == [[1 << 40, 0, 0]]
     [outcome] = early.of(GroupOutcome)
     assert (outcome.state, outcome.reason, outcome.mean_score) == ("failed", "no sample has a score", None)
     for index in range(2):
         rewarder.tell(trajectory(0, index, float(index)))
     scene.intake.end_groups(scene.intake.wait_batch(0, scene.node.recorder).outcomes)
     scene.ring.until(lambda: len(early.of(GroupOutcome)) == 2, "the group of the batch ends")
-    assert scene.ledger.counts() == {"failed": 1, "trained": 1}
+    assert scene.ledger.counts() == {"failed": 1}, "what an update depends on is written with the commit"
     late = scene.ring.serve("dispatcher-0@2", "outcomes")
-    scene.ring.until(lambda: len(late.of(GroupOutcome)) == 2, "the dispatcher that comes later hears both")
+    scene.ring.until(lambda: late.of(GroupOutcome), "the dispatcher that comes later hears what is not in the ledger yet")
+    assert [o.group_id for o in late.of(GroupOutcome)] == [0]
+    assert [key[:2] for key in late.of(Hello)[0].holds.tolist()] == [[0, 0], [0, 1]], "and which samples nobody needs to draw again"
+    outcomes, _ = scene.intake.to_commit()
+    scene.ledger.ended(outcomes)
+    scene.intake.committed(outcomes)
+    last = scene.ring.serve("dispatcher-0@3", "outcomes")
+    scene.ring.until(lambda: last.of(Hello), "the last dispatcher is greeted")
+    assert last.of(Hello)[0].holds.tolist() == []
 
 
 def test_versions_are_announced_at_once_and_on_hello(scene: Scene) -> None:

@@ -17,7 +17,7 @@ from rlsys.rundir import RunDir
 from tests.configuration import minimal, write
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("up", "check", "status", "why", "timeline", "down", "logs", "plan", "grade", "sft", "doctor")
+COMMANDS = ("up", "check", "status", "why", "timeline", "audit", "chaos", "down", "logs", "plan", "grade", "doctor")
 HEAVY = ("torch", "transformers", "ray", "tensorboard", "sglang", "zmq")
 
 

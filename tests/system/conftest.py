@@ -104,9 +104,10 @@ class Run:
         )
         self.out = self.err = ""
 
-    def wait(self, deadline_s: float = DEADLINE_S) -> int:
-        """The exit code; the output is in `out` and `err`."""
+    def wait(self, deadline_s: float = DEADLINE_S, *, restarts: bool = False) -> int:
+        """The exit code; the output is in `out` and `err`. A process that died and came back fails the test, unless `restarts`."""
         self.out, self.err = self.process.communicate(timeout=deadline_s)
+        assert restarts or not self.exit_record.get("restarts"), self.exit_record["restarts"]
         return self.process.returncode
 
     def status(self) -> dict[str, Any]:

@@ -39,9 +39,12 @@ def rlsys(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
+NO_RESTARTS = dict.fromkeys(("generator", "rewarder", "dispatcher", "learner", "dashboard"), 0)
+
+
 @pytest.mark.parametrize("victim", ROLES)
-def test_a_crash_names_the_guilty_role_and_shows_its_log(config: dict[str, Any], start: Callable[..., Run], victim: str) -> None:
-    run = start(endless(config))
+def test_without_restarts_a_crash_names_the_guilty_role(config: dict[str, Any], start: Callable[..., Run], victim: str) -> None:
+    run = start(endless(config) | {"restarts": NO_RESTARTS})
     run.until(training, "first iteration")
     pids = run.pids()
     os.kill(pids[victim], signal.SIGKILL)
@@ -95,8 +98,9 @@ def start_again(run: Run) -> "subprocess.CompletedProcess[str]":
 def test_a_users_broken_reward_ends_the_run_with_its_traceback(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config["rewarders"] = {"reward": "tests.system.rewards:BrokenReward"}
     run = start(config)
-    assert run.wait() == 1
+    assert run.wait(restarts=True) == 1
     assert run.exit_record["role"] == "rewarder-0"
+    assert "the same as before its restart" in run.err
     assert "KeyError: 'answer'" in run.err
 
 
@@ -120,6 +124,7 @@ def test_the_supervisors_death_ends_every_process(config: dict[str, Any], start:
 
 def test_a_hung_process_is_found_and_named(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config["deadlines"]["heartbeat_s"] = 6.0
+    config["restarts"] = NO_RESTARTS
     run = start(endless(config))
     run.until(training, "first iteration")
     pid = run.pids()["rewarder-0"]

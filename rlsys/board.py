@@ -1,0 +1,69 @@
+"""TensorBoard as a process beside a run: started on a free port of 127.0.0.1, ended with the run."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from protocol.errors import UserError
+from protocol.node import die_with_parent
+
+_ADDRESS = re.compile(r"TensorBoard \S+ at (http://\S+)")
+START_S = 60.0
+
+
+class Board:
+    """Use as a context manager. `address` is where a browser finds it."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(log_dir), "--host", "127.0.0.1", "--port", "0"]
+            + ["--reload_interval", "5"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        self.address = ""
+        self._known = threading.Event()
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, name="tensorboard", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:  # to its end, else its pipe would fill up
+            self._lines = [*self._lines[-20:], line]
+            found = _ADDRESS.search(line)
+            if found:
+                self.address = found[1]
+                self._known.set()
+        self._known.set()
+
+    def wait(self) -> str:
+        """The address once it answers. Raises UserError when TensorBoard ends instead."""
+        self._known.wait(START_S)
+        if not self.address:
+            raise UserError(f"TensorBoard did not start: {''.join(self._lines).strip()[-500:] or f'no address within {START_S:g} s'}")
+        return self.address
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._reader.join(5.0)
+        if self._process.stderr is not None:
+            self._process.stderr.close()

@@ -1,0 +1,73 @@
+"""`rlsys top`: the live screen of a run in this terminal, from the files that its supervisor and dashboard write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+
+from protocol.errors import ConfigError
+from protocol.messages import Event
+from rlsys.progress import event_line
+from rlsys.rundir import holder, read_json
+from rlsys.screen import duration, screen
+
+REFRESH_S = 0.5
+EVENTS = 6
+
+
+class Tail:
+    """The last lines worth a look in metrics.jsonl, read on from where the last call stopped."""
+
+    def __init__(self, path: Path, since_s: float) -> None:
+        self._path, self._since_s = path, since_s
+        self._offset = 0
+        self.lines: deque[str] = deque(maxlen=EVENTS)
+
+    def read(self) -> list[str]:
+        """As the progress of `rlsys up` says them."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            if "event" in record:
+                data_ = {key: value for key, value in record.items() if key not in ("time_s", "identity", "event")}
+                try:
+                    text = event_line(Event(identity=record["identity"], time_s=record["time_s"], name=record["event"], data=data_))
+                except KeyError:  # of another version of rlsys
+                    text = None
+                if text:
+                    self.lines.append(f"{duration(record['time_s'] - self._since_s):>7}  {text}")
+        return list(self.lines)
+
+
+def top(run: Path, out: TextIO, *, once: bool) -> int:
+    """Show it until the run ends or Ctrl-C; with `once`, and without a terminal, print it a single time."""
+    content = read_json(run / "status.json")
+    if content is None:
+        raise ConfigError(f"{run}: holds no run (no status.json)")
+    console = Console(file=out, highlight=False)
+    tail = Tail(run / "metrics.jsonl", content.get("since_s", 0.0))
+    if once or not console.is_terminal:
+        console.print(screen(content, tail.read()))
+        return 0
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        try:
+            while holder(run) is not None:
+                live.update(screen(read_json(run / "status.json") or content, tail.read()), refresh=True)
+                time.sleep(REFRESH_S)
+        except KeyboardInterrupt:
+            return 0
+    console.print(screen(read_json(run / "status.json") or content, tail.read()))
+    return 0

@@ -24,7 +24,7 @@ from learner.recovery import Journaled as OnRecord
 from protocol.channels import Link
 from protocol.codec import encode
 from protocol.credits import Incoming
-from protocol.intervals import Recorder
+from protocol.intervals import Recorder, record_here
 from protocol.journal import Journal
 from protocol.ledger import Ledger
 from protocol.messages import (
@@ -229,6 +229,7 @@ class Intake:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _loop(self) -> None:
+        record_here(self._track)
         try:
             self._node.start()
             while True:

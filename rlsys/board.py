@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from protocol.errors import UserError
-from protocol.node import die_with_parent
 
 _ADDRESS = re.compile(r"TensorBoard \S+ at (http://\S+)")
 START_S = 60.0
+_PROGRAM = "from protocol.node import die_with_parent; die_with_parent(); from tensorboard.main import run_main; run_main()"
+_OPTIONS = ("--host", "127.0.0.1", "--port", "0", "--reload_interval", "5")
 
 
 class Board:
@@ -21,16 +25,15 @@ class Board:
 
     def __init__(self, log_dir: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(log_dir), "--host", "127.0.0.1", "--port", "0"]
-            + ["--reload_interval", "5"],
+            [sys.executable, "-P", "-c", _PROGRAM, "--logdir", str(log_dir), *_OPTIONS],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
         self.address = ""
+        self.on_address: Callable[[str], object] = lambda address: None
         self._known = threading.Event()
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, name="tensorboard", daemon=True)
@@ -44,6 +47,7 @@ class Board:
             if found:
                 self.address = found[1]
                 self._known.set()
+                self.on_address(self.address)
         self._known.set()
 
     def wait(self) -> str:
@@ -64,6 +68,8 @@ class Board:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # its own data server, if that is left
         self._reader.join(5.0)
         if self._process.stderr is not None:
             self._process.stderr.close()

@@ -15,15 +15,12 @@ from protocol.messages import Trajectory
 from rlsys.samples import Filter, read_trajectories, record_of
 
 
-def samples(run: Path, chosen: Filter, *, limit: int, sort: str, as_json: bool) -> int:
-    """Print the newest `limit` samples that pass, or the first by `sort` (reward, length, time; "-" in front turns it round)."""
+def samples(run: Path, chosen: Filter, *, limit: int, sort: str, reverse: bool, as_json: bool) -> int:
+    """Print the newest `limit` samples that pass, or the first by `sort`: reward, length, time."""
     text = _text(run)
     passing = (t for t in read_trajectories(run) if chosen.admits(t))
-    shown: list[Trajectory]
-    if sort:
-        shown = sorted(passing, key=_key(sort.lstrip("-")), reverse=sort.startswith("-"))[: limit or None]
-    else:
-        shown = list(deque(passing, maxlen=limit or None))
+    newest = deque(passing, maxlen=limit or None) if not sort else ()
+    shown = sorted(passing, key=_key(sort), reverse=reverse)[: limit or None] if sort else list(newest)
     for t in shown:
         record = record_of(t, text)
         print(json.dumps(record) if as_json else _in_words(record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(up)
     up.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run's files go (default: runs/NAME-TIME)")
     up.add_argument("--detach", action="store_true", help="run in the background; follow it with `rlsys status` and `rlsys logs`")
+    up.add_argument(
+        "--tensorboard", action="store_true", help="start TensorBoard beside the run on a free port of this host, and end it with it"
+    )
     up.add_argument("--plain", action="store_true", help="plain lines instead of a live panel (the default when the output is no terminal)")
     up.add_argument("--json", action="store_true", help="print the figures of the finished run as one JSON object at the end")
 
@@ -40,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", _status, "how a run is doing: processes, iteration, reward, who waits for whom")
     status.add_argument("run", type=Path, metavar="RUN", help="run directory")
     status.add_argument("--json", action="store_true", help="for machines")
+
+    top = _command(commands, "top", _top, "the live screen of a run: fleets, queues, rates, staleness, reward, events")
+    top.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    top.add_argument("--once", action="store_true", help="print it a single time (the default when the output is no terminal)")
 
     why = _command(commands, "why", _why, "who waits for whom at this moment, and who is to blame")
     why.add_argument("run", type=Path, metavar="RUN", help="run directory")
@@ -85,6 +93,27 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("role", nargs="?", metavar="ROLE", help="a role or a process, such as learner or generator-1 (default: all)")
     logs.add_argument("-n", "--lines", type=_count, default=40, help="lines from the end of each log (default 40)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
+
+    logs.add_argument("--merge", action="store_true", help="one view of all processes by time; the next four options imply it")
+    logs.add_argument("--since", metavar="TIME", help="only what is newer, such as 90s, 5m, 2h or 1d")
+    logs.add_argument("--level", choices=("debug", "info", "warning", "error", "critical"), help="only what is as grave")
+    logs.add_argument("--json", action="store_true", help="JSON lines with run, process, iteration and group")
+
+    samples = _command(commands, "samples", _samples, "read what the policy wrote, by iteration, reward, verdict, length or problem")
+    samples.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    samples.add_argument("--iteration", metavar="K[:L]", help="one iteration, or from K to L")
+    samples.add_argument("--reward-min", type=float, metavar="X", help="score of at least X")
+    samples.add_argument("--reward-max", type=float, metavar="X", help="score of at most X")
+    samples.add_argument("--verdict", action="append", default=[], metavar="NAME", help="such as accepted or time_limit; repeatable")
+    samples.add_argument("--length", metavar="N[:M]", help="completions of N to M tokens")
+    samples.add_argument("--problem", default="", metavar="TEXT", help="part of the problem's id")
+    samples.add_argument("--purpose", choices=("train", "eval"), default="", help="training or held-out samples alone")
+    samples.add_argument(
+        "--sort", choices=("reward", "length", "time"), default="", help="show the first by this (default: the newest, oldest first)"
+    )
+    samples.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
+    samples.add_argument("-n", "--limit", type=_count, default=10, metavar="N", help="how many (default 10; 0 for all)")
+    samples.add_argument("--json", action="store_true", help="JSON lines")
 
     plan = _command(
         commands, "plan", _plan, "size the fleets: which split of the devices, how long an iteration takes, what waits for what"
@@ -196,7 +225,15 @@ def _check(options: argparse.Namespace) -> int:
 def _up(options: argparse.Namespace) -> int:
     from rlsys.commands import up
 
-    return up(options.config, options.overrides, options.run_dir, detach=options.detach, plain=options.plain or None, as_json=options.json)
+    return up(
+        options.config,
+        options.overrides,
+        options.run_dir,
+        detach=options.detach,
+        plain=options.plain or None,
+        as_json=options.json,
+        tensorboard=options.tensorboard,
+    )
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -299,4 +336,31 @@ def _down(options: argparse.Namespace) -> int:
 def _logs(options: argparse.Namespace) -> int:
     from rlsys.commands import logs
 
+    if options.merge or options.since or options.level or options.json:
+        from rlsys.logs import show_merged
+
+        return show_merged(options.run, options.role, options.since, options.level or "debug", as_json=options.json)
     return logs(options.run, options.role, options.lines, follow=options.follow)
+
+
+def _samples(options: argparse.Namespace) -> int:
+    from rlsys.browse import interval_of, samples
+    from rlsys.samples import Filter
+
+    low, high = options.reward_min, options.reward_max
+    reward = None if low is None and high is None else (-math.inf if low is None else low, math.inf if high is None else high)
+    chosen = Filter(
+        iteration=interval_of(options.iteration, "iteration"),
+        reward=reward,
+        verdicts=tuple(options.verdict),
+        tokens=interval_of(options.length, "length"),
+        problem=options.problem,
+        purpose=options.purpose,
+    )
+    return samples(options.run, chosen, limit=options.limit, sort=options.sort, reverse=options.reverse, as_json=options.json)
+
+
+def _top(options: argparse.Namespace) -> int:
+    from rlsys.top import top
+
+    return top(options.run, sys.stdout, once=options.once)

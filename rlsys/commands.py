@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from protocol.errors import ConfigError, UserError
@@ -40,7 +41,16 @@ def check(paths: Sequence[Path], overrides: Sequence[str], *, as_json: bool) -> 
     return 2 if faults else 0
 
 
-def up(path: Path, overrides: Sequence[str], run_dir: Path | None, *, detach: bool, plain: bool | None, as_json: bool) -> int:
+def up(
+    path: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    *,
+    detach: bool,
+    plain: bool | None,
+    as_json: bool,
+    tensorboard: bool = False,
+) -> int:
     """Start a run and stay with it until it ends."""
     config = load_config(path, overrides)
     started = time.time()
@@ -55,9 +65,9 @@ def up(path: Path, overrides: Sequence[str], run_dir: Path | None, *, detach: bo
     config = prepared.config
     check_room(choose_weights_dir(config, directory.path, "0" * 16), config)
     if detach:
-        return _detached(config, directory)
+        return _detached(config, directory, tensorboard=tensorboard)
     directory.claim(config)
-    return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s)
+    return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s, tensorboard=tensorboard)
 
 
 def _leave(*_: object) -> None:
@@ -65,7 +75,10 @@ def _leave(*_: object) -> None:
     raise SystemExit(143)
 
 
-def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_json: bool, base_model_s: float) -> int:
+def _supervise(
+    config: RunConfig, directory: RunDir, *, plain: bool | None, as_json: bool, base_model_s: float, tensorboard: bool = False
+) -> int:
+    from rlsys.board import Board
     from rlsys.progress import Progress
     from rlsys.report import lines, summarise
     from rlsys.supervisor import Phase, Supervisor
@@ -76,9 +89,13 @@ def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_j
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: supervisor.stop("stopped", "told to stop"))
     signal.signal(signal.SIGINT, lambda *_: supervisor.stop("interrupted", "interrupted by the user"))
-    with Progress(supervisor.view, out, plain=plain) as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(supervisor.view, out, plain=plain))
         progress.say(f"run {directory.path}")
         supervisor.on_event, supervisor.on_tick = progress.event, progress.tick
+        if tensorboard:
+            board = stack.enter_context(Board(directory.path / "tensorboard"))
+            board.on_address = lambda address: progress.note(f"TensorBoard at {address} (ends with the run)")
         ending = supervisor.run()
     if ending.outcome == "failed":
         print(f"rlsys: the run failed: {ending.reason}", file=sys.stderr)
@@ -95,7 +112,7 @@ def _supervise(config: RunConfig, directory: RunDir, *, plain: bool | None, as_j
     return ending.exit_code
 
 
-def _detached(config: RunConfig, directory: RunDir) -> int:
+def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool) -> int:
     """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
     directory.make()
     log = directory.logs / "supervisor.log"
@@ -108,7 +125,7 @@ def _detached(config: RunConfig, directory: RunDir) -> int:
             os.dup2(source, target)
         try:
             directory.claim(config)
-            code = _supervise(config, directory, plain=True, as_json=False, base_model_s=0.0)
+            code = _supervise(config, directory, plain=True, as_json=False, base_model_s=0.0, tensorboard=tensorboard)
         except BaseException as error:
             print(f"rlsys: {error}", file=sys.stderr)
             code = 1

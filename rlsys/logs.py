@@ -31,11 +31,9 @@ class Where(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         activity = here()
-        record.iteration = activity.iteration if activity else -1
-        record.group = activity.group if activity else -1
-        at = [f"iteration {record.iteration}"] if record.iteration >= 0 else []
-        at += [f"group {record.group}"] if record.group >= 0 else []
-        record.at = f" [{', '.join(at)}]" if at else ""
+        place = {"iteration": activity.iteration, "group": activity.group} if activity else {}
+        at = [f"{name} {number}" for name, number in place.items() if number >= 0]
+        record.__dict__.update({"iteration": -1, "group": -1, **place, "at": f" [{', '.join(at)}]" if at else ""})
         return True
 
 

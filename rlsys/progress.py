@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
-from typing import Any, TextIO
+from collections import deque
+from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from protocol.messages import Event
-from rlsys.supervisor import View, in_words
+from rlsys.screen import duration, screen
+from rlsys.supervisor import View
 
 REFRESH_S = 0.5
 PLAIN_S = 10.0
 """Without a terminal, a line at least this often, and one for each event."""
-SPARK = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(values: list[float], width: int = 32) -> str:
-    """The last values as bars between 0 and the largest."""
-    recent = [v for v in values[-width:] if math.isfinite(v)]
-    top = max([*recent, 1e-9])
-    return "".join(SPARK[max(0, int(v / top * (len(SPARK) - 1) + 0.5))] for v in recent)
 
 
 def time_left(view: View) -> str:
@@ -33,13 +26,6 @@ def time_left(view: View) -> str:
     if not done or since is None:
         return "?"
     return duration((time.time() - since) / done * (view.config.iterations - done))
-
-
-def duration(seconds: float) -> str:
-    """ "1:02:03" or "2:03"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def event_line(event: Event) -> str | None:
@@ -102,6 +88,7 @@ class Progress:
         self._live: Live | None = None
         self._next_s = 0.0
         self._lines = 0
+        self._notes: deque[str] = deque()
 
     def __enter__(self) -> Progress:
         if not self._plain:
@@ -123,8 +110,15 @@ class Progress:
         """Print a line that stays, with the time since the start."""
         self._console.print(f"[dim]{duration(time.time() - self._view.started_s):>7}[/dim]  {escape(line)}")
 
+    def note(self, line: str) -> None:
+        """As `say`, at the next refresh; from any thread."""
+        self._notes.append(line)
+        self._next_s = 0.0
+
     def tick(self) -> None:
         """Refresh if it is time."""
+        while self._notes:
+            self.say(self._notes.popleft())
         now = time.monotonic()
         if now < self._next_s:
             return
@@ -136,26 +130,5 @@ class Progress:
             if self._lines > 1:
                 self.say(summary(self._view))
 
-    def _panel(self) -> Table:
-        view = self._view
-        table = Table.grid(padding=(0, 1))
-        table.add_row("", escape(summary(view)))
-        snapshot: dict[str, Any] = view.snapshot
-        if snapshot.get("rewards"):
-            table.add_row("reward", sparkline(snapshot["rewards"]))
-        for result in view.evaluations[-2:]:
-            table.add_row("pass@1", f"{result['pass_at_1']:.3f} at v{result['version']} on {result['problems']} problems")
-        queues = snapshot.get("queues", {})
-        if queues:
-            table.add_row(
-                "queues", "  ".join(f"{name.removeprefix('queues/').replace('_', ' ')} {value:.0f}" for name, value in queues.items())
-            )
-        for process in view.processes.values():
-            beat = process.heartbeat
-            if beat is None:
-                table.add_row("", f"[dim]{process.child.spec.name} starts[/dim]")
-            elif beat.peer:
-                table.add_row("", f"[dim]{escape(in_words(beat))}[/dim]")
-            else:
-                table.add_row("", f"{process.child.spec.name}: {escape(beat.doing)}")
-        return table
+    def _panel(self) -> RenderableType:
+        return screen(self._view.status) if self._view.status else Text.from_markup(escape(summary(self._view)))

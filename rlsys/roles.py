@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from protocol.errors import Fenced, RunEnded, StalenessViolation, UserError
 from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
 from rlsys.config import RunConfig, parse_config
+from rlsys.logs import set_up
 from rlsys.schedules import batch_rule, pacing_rule
 
 log = logging.getLogger("rlsys")
@@ -35,8 +34,8 @@ def run_role(spec_json: str) -> int:
     """Be one process of a run; returns the exit code, 0 when the run stopped it."""
     die_with_parent()
     spec = ProcessSpec(**json.loads(spec_json))
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     config = load_run(Path(spec.run_dir))
+    set_up(spec, config.observe.log_mb)
     node = Node(spec)
     node.recorder.keep = config.observe.intervals
     on_terminate(node)
@@ -53,7 +52,7 @@ def run_role(spec_json: str) -> int:
         log.error("%s", error)
         return FAULT
     except BaseException as error:
-        traceback.print_exc()
+        log.critical("%s broke", spec.identity, exc_info=True)
         node.finished(f"{type(error).__name__}: {error}")
         return BUG if isinstance(error, StalenessViolation | AssertionError) else FAULT
     finally:

@@ -36,6 +36,8 @@ def duration(seconds: float) -> str:
 def screen(content: Mapping[str, Any], events: Sequence[str] = (), now_s: float | None = None) -> RenderableType:
     """Everything at a glance. `content` is what `rlsys status --json` prints; what is not there yet is left out."""
     now = time.time() if now_s is None else now_s
+    if content.get("state", "running") != "running":  # it is over: as it was then
+        now = content.get("time_s", now)
     age = now - content.get("time_s", now)
     return Group(_head(content, now, age), _numbers(content), _processes(content, age), *_stall(content), *_events(events))
 

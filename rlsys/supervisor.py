@@ -31,6 +31,7 @@ from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Message, Pe
 from protocol.node import ProcessSpec
 from rlsys.config import RunConfig
 from rlsys.launchers.local import Child, cpu_seconds, end_leftover, start_ticks
+from rlsys.logs import bound
 from rlsys.restarts import GiveUp, RestartPolicy
 from rlsys.roles import BUG, USER_ERROR, WEIGHTS_DIR
 from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_scratch_dir, read_json, write_atomically
@@ -108,6 +109,8 @@ class View:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     restarts: list[dict[str, Any]] = field(default_factory=list)
     """What died, how, and when: {"name", "identity", "how", "time_s"}."""
+    status: dict[str, Any] = field(default_factory=dict)
+    """What status.json holds; made anew every second."""
 
 
 class Supervisor:
@@ -364,7 +367,10 @@ class Supervisor:
             self._next_status_s = time.monotonic() + STATUS_S
             self._states = self._observer.states(self._processes.values())
             self._watch_movement()
-            write_atomically(self.run_dir.path / "status.json", json.dumps(self.status()))  # indented JSON is encoded in Python, slowly
+            self.view.status = self.status()
+            for process in self._processes.values():
+                bound(process.child.log_path, self.config.observe.log_mb * 1e6)
+            write_atomically(self.run_dir.path / "status.json", json.dumps(self.view.status))  # indented JSON is encoded in Python, slowly
         self.on_tick()
 
     def _watch_movement(self) -> None:
@@ -397,6 +403,7 @@ class Supervisor:
             "state": "running" if self._ending is None else self._ending.outcome,
             "time_s": now,
             "since_s": self.view.started_s,
+            "training_since_s": self.view.training_since_s,
             **self.view.snapshot,
             "epoch": self._epoch,
             "evaluations": self.view.evaluations,

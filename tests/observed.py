@@ -65,7 +65,15 @@ def make_run(run_dir: Path, ended: Mapping[str, Any] | None = None) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump({"name": "observed", "iterations": ITERATIONS, "note": "a < b & c"}))
     records: list[dict[str, Any]] = [{"time_s": START_S + 1, "identity": "dispatcher-0@1", "event": "training started"}]
-    evaluation = {"problems": 4, "failed": 0, "samples": 8, "identity": "dispatcher-0@1", "event": "eval"}
+    evaluation = {
+        "problems": 4,
+        "failed": 0,
+        "samples": 8,
+        "oldest_version": 0,
+        "newest_version": 0,
+        "identity": "dispatcher-0@1",
+        "event": "eval",
+    }
     records.append({**evaluation, "time_s": START_S + 2, "version": 0, "pass_at_1": 0.25})
     for k in range(ITERATIONS):
         at = 10.0 * k

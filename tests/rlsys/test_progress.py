@@ -11,7 +11,8 @@ import pytest
 
 from protocol.messages import Event
 from rlsys.config import parse_config
-from rlsys.progress import Progress, duration, event_line, sparkline, summary, time_left
+from rlsys.progress import Progress, event_line, summary, time_left
+from rlsys.screen import duration, sparkline
 from rlsys.supervisor import View
 from tests.configuration import minimal
 
@@ -107,7 +108,7 @@ def test_the_panel_shows_rewards_and_queues(view: View, monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", "160")
     out = Terminal()
     view.snapshot = {"iteration": 2, "iterations": 4, "rewards": [0.0, 1.0], "last": LAST, "queues": {"queues/samples_running": 3.0}}
-    view.evaluations.append(EVAL)
+    view.status = {**view.snapshot, "evaluations": [EVAL], "state": "running"}
     with Progress(view, out) as progress:
         progress.tick()
     for text in ("iteration 2/4", "▁█", "samples running 3", "0.500 at v3 on 4 problems"):

@@ -1,0 +1,28 @@
+"""TensorBoard beside a run: on loopback, on a free port, and gone with the run."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from rlsys.board import Board
+from rlsys.loggers import LoggedRun
+from rlsys.loggers.tensorboard import TensorBoardLogger
+
+
+def test_it_serves_while_the_run_lasts_and_not_longer(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(LoggedRun(name="r", run_dir=tmp_path))
+    logger.scalars(0, 1.0, {"reward/mean": 0.5})
+    logger.close()
+    told: list[str] = []
+    with Board(tmp_path / "tensorboard") as board:
+        board.on_address = told.append
+        address = board.wait()
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address, timeout=30) as response:
+            assert response.status == 200
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=5)

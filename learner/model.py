@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from transformers.utils import logging as transformers_logging
 
 from learner import attention
 from learner.logprobs import head_logprobs
+from learner.lora import add_adapters, merged_tensors, without_adapters
 from learner.optimizers import Trained
 from learner.packing import Block, MicroBatch
 from learner.parallel import Group, SingleProcess
-from learner.settings import Sharding
-from learner.sharding import is_sharded, shard
+from learner.settings import LoraSettings, Sharding
+from learner.sharding import is_sharded, shard, whole
 from protocol.errors import DataError
 
 
@@ -36,6 +39,7 @@ class CausalModel:
         group: Group | None = None,
         sharding: Sharding = "none",
         offload: bool = False,
+        lora: LoraSettings | None = None,
     ) -> None:
         """Raises DataError when `directory` holds no such model, or one whose logits are more than its head times its hidden states."""
         transformers_logging.disable_progress_bar()
@@ -48,13 +52,16 @@ class CausalModel:
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"no causal language model can be read from {directory}: {error}") from error
         self.network.eval()
+        self.head: nn.Linear = self.network.get_output_embeddings()
+        self._check_head(directory)
+        self.lora = lora
+        if lora is not None:
+            add_adapters(self.network, lora, half=self.autocast)
         group = group or SingleProcess()
         self.sharded = is_sharded(sharding, group, self.network, device)
         if not self.sharded:
             self.network.to(device)
         self.trunk: nn.Module = self.network.get_decoder()
-        self.head: nn.Linear = self.network.get_output_embeddings()
-        self._check_head(directory)
         if gradient_checkpointing:
             renamed = hasattr(self.network, "activation_checkpointing_enable")  # in transformers 5.2x; the old name warns from then on
             (self.network.activation_checkpointing_enable if renamed else self.network.gradient_checkpointing_enable)()
@@ -77,6 +84,24 @@ class CausalModel:
             if not isinstance(value, nn.Parameter):
                 tensors[name] = value
         return tensors
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The part of `named_tensors` that training changes: all of it, or the adapters."""
+        tensors = self.named_tensors()
+        return tensors if self.lora is None else {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+
+    def published_tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """The whole model under its transformers names, adapters merged, one tensor after the other. A collective call when sharded."""
+        tensors = self.named_tensors()
+        if self.lora is not None:
+            yield from merged_tensors(self.network, tensors, dtype)
+            return
+        for name in sorted(tensors):
+            yield name, whole(tensors[name].detach(), dtype)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """The model that training started from, while adapters are what is trained."""
+        return without_adapters(self.network)
 
     def trained(self) -> list[Trained]:
         """The parameters that are trained, tied weights once."""
@@ -116,7 +141,7 @@ class CausalModel:
         """Some models scale or cap their logits after the head; find out by comparing one token instead of listing them."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.head.weight.device)
         found = self.network(input_ids=ids, use_cache=False).logits
-        expected = self.head(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
+        expected = self.head(self.network.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
             raise DataError(f"{directory}: the model changes its logits after the head (scaling, soft cap), which is not supported")
 

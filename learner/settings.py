@@ -118,6 +118,16 @@ class CheckpointSettings(_Settings):
     keep_every: int | None = Field(default=None, ge=1, description="Those of every so many iterations stay for good; none if not given.")
 
 
+class LoraSettings(_Settings):
+    """Train small matrices beside the frozen model (LoRA). No dropout: the ratio to the behaviour policy would be noise."""
+
+    rank: int = Field(default=16, ge=1, description="Inner size of the adapters.")
+    alpha: float = Field(default=32.0, gt=0, description="Their output is scaled by alpha / rank.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="Names of linear layers, such as [q_proj, v_proj]; all-linear: every one but the head."
+    )
+
+
 Sharding = Literal["auto", "none", "full"]
 
 
@@ -152,6 +162,7 @@ class LearnerSettings(_Settings):
 
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="What turns a gradient into an update.")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="The learning rate over the run.")
+    lora: LoraSettings | None = Field(default=None, description="Train adapters only; the whole model if not given.")
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
     updates_per_batch: int = Field(default=1, ge=1, description="Optimizer steps on each batch (mu).")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from learner.checkpoint import difference
+from learner.lora import describe
 from learner.loss import Inputs, Loss
 from learner.model import CausalModel
 from learner.optim import Updater, learning_rate
@@ -73,11 +74,19 @@ class Step:
         self.group = group
         device = pick_device(settings.device, group.rank)
         shared: dict[str, Any] = {"device": device, "dtype": settings.dtype, "group": group}
-        self.model = CausalModel(model_dir, gradient_checkpointing=settings.gradient_checkpointing, sharding=settings.sharding, **shared)
+        self.model = CausalModel(
+            model_dir,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            sharding=settings.sharding,
+            offload=settings.optimizer.offload,
+            lora=settings.lora,
+            **shared,
+        )
         self.sharded = self.model.sharded
         self._loss = Loss(settings)
         self._reference: CausalModel | None = None
-        if self._loss.has_reference:
+        self._reference_is_base = self._loss.has_reference and settings.lora is not None and settings.kl.reference is None
+        if self._loss.has_reference and not self._reference_is_base:
             directory = Path(settings.kl.reference) if settings.kl.reference else model_dir
             self._reference = CausalModel(directory, sharding="full" if self.sharded else "none", **shared)
             self._reference.network.requires_grad_(False)
@@ -141,6 +150,7 @@ class Step:
         for one in work:
             policy_T, _ = self.model.token_logprobs(one.batch)
             total -= (policy_T.double() * torch.from_numpy(one.batch.weights_T).to(policy_T.device)).sum()
+        forget_forward(self.model.policy)
         self.group.sum(total)
         return float(total.item())
 
@@ -149,10 +159,8 @@ class Step:
 
         Floating-point ones in `dtype` if given. They may be the live tensors. With sharding all ranks must go through them side by side.
         """
-        for name, tensor in sorted(self.model.named_tensors().items()):
-            with self.group.named("gathering parameters"):
-                found = whole(tensor.detach(), dtype)
-            yield name, found
+        with self.group.named("gathering parameters"):
+            yield from self.model.published_tensors(dtype)
 
     def help_publishing(self, dtype: torch.dtype | None = None) -> None:
         """What the other ranks do while rank 0 goes through `published_tensors`."""
@@ -166,7 +174,7 @@ class Step:
 
     def live_state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, without copies: "model.<name>", "optimizer.<what>.<name>", "control.<what>"."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.named_tensors().items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_tensors().items()}
         tensors |= self._updater.state()
         return tensors | {
             "control.entropy_coefficient": torch.tensor(self._entropy_coefficient, dtype=torch.float64),
@@ -193,7 +201,11 @@ class Step:
 
     def about(self) -> dict[str, str]:
         """What must agree between a state and the step that goes on from it."""
-        return {"model": str(self.model.network.config.model_type), "optimizer": self.settings.optimizer.name}
+        return {
+            "model": str(self.model.network.config.model_type),
+            "optimizer": self.settings.optimizer.name,
+            "adapters": describe(self.settings.lora),
+        }
 
     def training_state(self) -> dict[str, Tensor]:
         """`live_state` as copies on the CPU, whole. With sharding a collective call."""
@@ -293,9 +305,13 @@ class Step:
         return not bool(failed.item())
 
     def _inputs(self, work: _Work) -> Inputs:
-        if work.reference_T is None and self._reference is not None:
+        if work.reference_T is None and self._loss.has_reference:
             with torch.no_grad():
-                work.reference_T, _ = self._reference.token_logprobs(work.batch)
+                if self._reference is not None:
+                    work.reference_T, _ = self._reference.token_logprobs(work.batch)
+                else:
+                    with self.model.frozen():
+                        work.reference_T, _ = self.model.token_logprobs(work.batch)
         policy_T, entropy_T = self.model.token_logprobs(work.batch, entropy_gradient=self._loss.entropy_gradient)
         if work.proximal_T is None:
             work.proximal_T = policy_T.detach()

@@ -104,6 +104,10 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
     for size, sharding in ((1, "none"), (2, "full")):
         muon = settings("float32", sharding=sharding, optimizer={"lr": 1e-2, "name": "muon"})
         jobs.append({"name": f"muon-{size}", "size": size, "settings": muon, "counts": COUNTS})
+    for dtype in ("float64", "bfloat16"):
+        for size, sharding in ((1, "none"), (2, "full")):
+            adapters = settings(dtype, sharding=sharding, lora={"rank": 4}, kl={"coefficient": 0.1})
+            jobs.append({"name": f"lora-{dtype}-{size}", "size": size, "settings": adapters, "counts": COUNTS})
     eight = settings("float32", sharding="full", optimizer={"name": "adamw_8bit"})
     jobs.append({"name": "eight", "size": 2, "settings": eight, "counts": [3], "refused": True})
     for sharding in ("none", "full"):
@@ -173,6 +177,15 @@ def test_muon_moves_sharded_matrices_as_whole_ones(found: dict[str, Found]) -> N
     for name, tensor in alone.state.items():
         if name.startswith("model."):
             torch.testing.assert_close(together.state[name], tensor, rtol=0.02, atol=0.003)
+
+
+def test_adapters_train_alike_on_shards(found: dict[str, Found]) -> None:
+    """Also where frozen matrices are bfloat16 and adapters float32, gathered together."""
+    for values, expected in zip(found["lora-float64-2"].values, found["lora-float64-1"].values, strict=True):
+        assert values == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert found["lora-float64-2"].values[-1]["reference_kl"] > 0
+    for values, expected in zip(found["lora-bfloat16-2"].values, found["lora-bfloat16-1"].values, strict=True):
+        assert values["loss"] == pytest.approx(expected["loss"], rel=0.05, abs=0.02)
 
 
 def test_quantised_state_of_shards_is_refused(found: dict[str, Found]) -> None:

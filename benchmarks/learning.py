@@ -109,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"runs": rows, "table": found}))
         return 0
     for line in found:
-        print(
-            f"{line['schedule']:<13} pass@1 {line['pass_at_1']:.3f} +- {line['standard_error']:.3f} ({line['seeds']} seeds), from synchronous "
-            f"{line['difference']:+.3f} +- {line['difference_error']:.3f}; staleness mean {line['staleness_mean']:.2f}, most {line['staleness_max']:.0f}"
-        )
+        difference = f"{line['difference']:+.3f} +- {line['difference_error']:.3f} from synchronous"
+        staleness = f"staleness mean {line['staleness_mean']:.2f}, most {line['staleness_max']:.0f}"
+        values = f"{line['pass_at_1']:.3f} +- {line['standard_error']:.3f} ({line['seeds']} seeds)"
+        print(f"{line['schedule']:<13} pass@1 {values}, {difference}; {staleness}")
     return 0
 
 

@@ -56,6 +56,7 @@ ACTIVITIES = {
     "forward backward": "log-probs, loss, gradients",
     "optimizer": "clipping and the parameter update",
     "publish": "shards and manifest of a version",
+    "snapshot": "state is copied to host memory, to be written in the background",
     "commit": "state, hash and ledger row of a checkpoint",
     "save": "the final model",
     "journal": "the intake's track: trajectories are written and acknowledged",

@@ -9,7 +9,7 @@ from rlsys.usage import Interval, intersection, length, read_lines, read_rows, t
 
 __all__ = ["idle_share", "intersection", "length", "overlap", "read_intervals", "read_lines", "union"]
 
-LEARNER_BUSY = TRAINING | {"publish", "journal batch", "build batch", "commit"}
+LEARNER_BUSY = TRAINING | {"publish", "journal batch", "build batch", "snapshot", "commit"}
 DECODING = frozenset({"decode", "prefill"})
 
 

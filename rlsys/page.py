@@ -35,7 +35,15 @@ WORK_COLOURS = {
     "writing": "var(--c6)",
 }
 IDLE = ("var(--i1)", "var(--i2)", "var(--i3)", "var(--i4)")
-FAULTS = ("weights refused", "restarted", "restart", "skipped", "stalled", "guard", "resumed", "lost", "failed")
+FAULTS = (
+    "weights refused",
+    "restart",
+    "learner resumed",
+    "logger failed",
+    "skipped",
+    "stalled",
+    "guard",
+)
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#f7f7f5;--card:#fff;--ink:#1d1f23;--soft:#60656f;--line:#e3e3df;--c1:#2563c9;--c2:#c2571a;--c3:#12836f;

@@ -1,12 +1,14 @@
 """Busy and waiting seconds sum to the wall time, whatever happens."""
 
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.intervals import Recorder, here, phase, record_here
+from protocol.intervals import ACTIVITIES, Recorder, here, phase, record_here
 
 
 class Clock:
@@ -103,3 +105,9 @@ def test_without_keeping_there_are_totals_and_no_rows() -> None:
     clock.now += 5
     assert recorder.totals()["train"] == 5
     assert len(recorder.drain().rows) == 0
+
+
+def test_the_documentation_lists_every_activity() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "observe.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z0-9: -]+)` \| (.*) \|$", text, flags=re.M))
+    assert {name: rows.get(name) for name in ACTIVITIES} == ACTIVITIES

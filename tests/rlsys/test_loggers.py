@@ -46,7 +46,12 @@ class BrokenLogger:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoggedRun:
     monkeypatch.chdir(tmp_path)
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")):
+    for name, value in (
+        ("WANDB_MODE", "offline"),
+        ("WANDB_SILENT", "true"),
+        ("MLFLOW_ALLOW_FILE_STORE", "true"),
+        ("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri()),
+    ):
         monkeypatch.setenv(name, value)
     return LoggedRun(name="r", run_dir=tmp_path, config={"learner": {"lr": 0.1, "name": "grpo", "on": True, "none": None}, "list": [1, 2]})
 

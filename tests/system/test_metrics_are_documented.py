@@ -12,7 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from protocol.intervals import ACTIVITIES
 from rlsys.metrics import SECTIONS, exposed, tag
+from rlsys.timeline import timeline
+from rlsys.usage import read_rows, tracks
+from tests.rlsys.test_timeline import validate
 from tests.system.conftest import Run
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
@@ -67,3 +71,14 @@ def test_names_of_a_run(config: dict[str, Any], start: Callable[..., Run]) -> No
     assert "custom_scalars__config__" in plugins
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=10)
+
+    for track in tracks(run.path):
+        rows = read_rows(run.path, track)
+        assert {row.name for row in rows} <= set(ACTIVITIES), "an activity that the table in protocol/intervals.py lacks"
+        recorded = sum(row.end_s - row.start_s for row in rows)
+        assert recorded == pytest.approx(rows[-1].end_s - rows[0].start_s, rel=0.01), f"{track}: busy and idle sum to the wall time"
+    assert timeline(run.path, None, as_json=False) == 0
+    trace = json.loads((run.path / "trace.json").read_text())
+    validate(trace)
+    versions = {e["name"] for e in trace["traceEvents"] if e["ph"] == "f"}
+    assert {"v0", "v1", "v2"} <= versions, "each version reached the generator"

@@ -1,0 +1,109 @@
+"""What looking costs: the quickstart with everything observed against the same with nothing observed, and whether its times add up.
+
+    python -m benchmarks.observe [--config configs/quickstart.yaml] [--iterations 30] [--rounds 2] [--json]
+
+On: intervals, TensorBoard, histograms, samples as text at every iteration, Prometheus, guards. Off: none of these; rates and metrics.jsonl stay,
+because the run needs them itself. Runs alternate, so that a machine that changes its speed does so for both. Compared are processor seconds
+of training over all processes (they do not depend on what else the machine does as much) and wall seconds; the cost is on / off - 1.
+
+Then, for each process of the last run with everything on: busy seconds and idle seconds by cause against its wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import ConfigError, UserError
+from rlsys.config import RunConfig, load_config
+from rlsys.prepare import prepare
+from rlsys.rundir import RunDir, read_json
+from rlsys.supervisor import Supervisor
+from rlsys.usage import read_rows, tracks, usage
+
+ON: dict[str, Any] = {
+    "observe": {"intervals": True, "loggers": ["tensorboard"], "histograms": True, "samples_every": 1, "samples": 4, "prometheus": True},
+    "guards": {"action": "warn"},
+}
+OFF: dict[str, Any] = {
+    "observe": {"intervals": False, "loggers": [], "histograms": False, "samples_every": 0, "prometheus": False},
+    "guards": {"action": "off"},
+}
+
+
+def variant(config: RunConfig, iterations: int, changes: dict[str, Any]) -> RunConfig:
+    """The same run, shorter, without evaluation, observed as `changes` say."""
+    content = config.model_dump(mode="json") | {"iterations": iterations, **changes}
+    content["evaluation"] |= {"at_start": False, "at_end": False, "every": 0}
+    return RunConfig.model_validate(content)
+
+
+def measure(config: RunConfig, directory: Path) -> dict[str, float]:
+    """Run it; seconds of its training."""
+    run_dir = RunDir(directory)
+    run_dir.claim(config)
+    ending = Supervisor(config, run_dir).run()
+    if ending.outcome != "done":
+        raise ConfigError(f"the run {ending.outcome}: {ending.reason}")
+    phases = {phase["name"]: phase for phase in (read_json(directory / "exit.json") or {})["phases"]}
+    return {"wall_s": phases["training"]["wall_s"], "cpu_s": phases["training"]["cpu_s"]}
+
+
+def sums(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Process -> its wall seconds, and busy and idle seconds from the first row to the last: what should be alike."""
+    found = {}
+    for track in tracks(run_dir, main_only=True):
+        rows = read_rows(run_dir, track)
+        whole = usage(rows, rows[0].start_s, rows[-1].end_s)
+        recorded = sum(row.end_s - row.start_s for row in rows)
+        found[track] = {"wall_s": whole.wall_s, "busy_s": whole.busy_s, "idle_s": sum(whole.idle_s.values()), "recorded_s": recorded}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    figures: dict[str, list[dict[str, float]]] = {"off": [], "on": []}
+    try:
+        config = prepare(load_config(options.config), lambda text: None).config
+        with tempfile.TemporaryDirectory(prefix="rlsys-observe-") as directory:
+            for i in range(options.rounds):
+                for name, changes in (("off", OFF), ("on", ON)):
+                    place = Path(directory) / f"{name}-{i}"
+                    figures[name].append(measure(variant(config, options.iterations, changes), place))
+                    if not options.json:
+                        print(
+                            f"{name:<4} wall {figures[name][-1]['wall_s']:.1f} s, processors {figures[name][-1]['cpu_s']:.1f} s", flush=True
+                        )
+            added = sums(place)
+    except (UserError, OSError) as error:
+        print(f"rlsys: {error}", file=sys.stderr)
+        return 2
+    cost = {
+        key: statistics.median(f[key] for f in figures["on"]) / statistics.median(f[key] for f in figures["off"]) - 1
+        for key in ("wall_s", "cpu_s")
+    }
+    worst = max(abs(one["recorded_s"] / one["wall_s"] - 1) for one in added.values())
+    if options.json:
+        print(json.dumps({"runs": figures, "cost": cost, "sums": added, "worst_gap": worst}))
+        return 0
+    print(f"cost of looking: {cost['cpu_s']:+.1%} of processor time, {cost['wall_s']:+.1%} of wall time")
+    for name, one in added.items():
+        print(
+            f"  {name:<14} wall {one['wall_s']:7.1f} s = busy {one['busy_s']:7.1f} + idle {one['idle_s']:7.1f}, recorded {one['recorded_s']:7.1f}"
+        )
+    print(f"largest difference between recorded and wall time: {worst:.2%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

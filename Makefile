@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
+SGLANG_DEVICE := cpu
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-slow check bench clean
+.PHONY: help quickstart quickstart-sglang sglang test test-slow test-sglang check bench clean
 help:
 	@echo "make quickstart   set up, then train a tiny code model with the real processes on two CPU cores"
+	@echo "make sglang       build the environment of the SGLang server (SGLANG_DEVICE=cpu or cuda)"
+	@echo "make quickstart-sglang  the same run on real SGLang servers on the CPU"
 	@echo "make test         set up, then run the tests (minutes)"
 	@echo "make test-slow    the long tests"
+	@echo "make test-sglang  the tests that need a real SGLang server"
 	@echo "make check        style, types and import rules"
 	@echo "make bench        every benchmark that needs no extra package"
 	@echo "make clean        remove the environment and what tools left behind"
@@ -27,11 +31,20 @@ quickstart: $(READY)
 	@$(BIN)/rlsys up configs/quickstart.yaml --run-dir $(RUN)
 	@$(BIN)/python -m benchmarks.overlap $(RUN)
 
+sglang: $(READY)
+	@$(BIN)/rlsys engines install sglang --device $(SGLANG_DEVICE)
+
+quickstart-sglang: sglang
+	@$(BIN)/rlsys up configs/quickstart-sglang.yaml --run-dir runs/quickstart-sglang-$(shell date +%Y%m%d-%H%M%S)
+
 test: $(READY)
 	$(BIN)/python -m pytest
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-sglang: sglang
+	$(BIN)/python -m pytest -m sglang
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -9,8 +9,11 @@ It waits for: the first weights (learner), tasks (dispatcher), credit (reward ac
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,12 +21,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.engines import Engine, Sampled, SampleRequest, Sampling
+from actors.engines import Engine, EngineLoad, Sampled, SampleRequest, Sampling
 from actors.weights import WeightsIntake
 from protocol.channels import Link
 from protocol.credits import Outgoing
 from protocol.errors import WeightsError
-from protocol.messages import Ack, Completion, Credit, GroupTask, Hello, Holdings, Inventory, Version, WeightsReady, key_of, pack_spans
+from protocol.messages import (
+    Ack,
+    Completion,
+    Credit,
+    GroupTask,
+    Hello,
+    Holdings,
+    Inventory,
+    Version,
+    WeightsLoaded,
+    WeightsReady,
+    key_of,
+    pack_spans,
+)
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.generator")
@@ -42,18 +58,28 @@ Key = tuple[int, int, int]
 
 @dataclass(slots=True)
 class _Running:
+    """A group in the engine, or in quarantine."""
+
     task: GroupTask
     left: set[int]
     """Places in the task's indices that are not done."""
+    places: list[int]
+    """Place of each position of the request that the engine has."""
     started_s: float
+    requests: int = 0
+    """How often it was given to the engine: again after a quarantine."""
 
 
 class Generator:
     """The loop of one generator actor. `group_size` turns free slots into credits, which are counted in groups."""
 
-    def __init__(self, node: Node, engine: Engine, group_size: int) -> None:
+    def __init__(self, node: Node, engine: Engine, group_size: int, dtype: str = "float32") -> None:
         self._node, self._engine, self._group_size = node, engine, group_size
-        self._intake = WeightsIntake(node.identity, engine)
+        self._intake = WeightsIntake(node.identity, engine, dtype)
+        self._wake_fd: int | None = getattr(engine, "wake_fd", None)
+        self._loaded: Version | None = None
+        self._held: list[_Running] | None = None
+        self._restarts = 0
         self._running: dict[str, _Running] = {}
         self._outbox: deque[Completion] = deque()
         self._unacknowledged: OrderedDict[Key, Completion] = OrderedDict()
@@ -73,9 +99,11 @@ class Generator:
     def run(self) -> None:
         """Sample until the run ends."""
         self._node.start()
+        if self._wake_fd is not None:
+            self._node.watch(self._wake_fd)
         while True:
             load = self._engine.load
-            if load.running + load.waiting > 0:
+            if self._busy(load):
                 self._node.recorder.enter("decode")
                 self._node.poll(min(load.ready_in_s, IDLE_WAIT_S))
             else:
@@ -83,12 +111,27 @@ class Generator:
                 self._node.poll(IDLE_WAIT_S)
             self._receive()
             self._load_weights()
-            if self._engine.load.running + self._engine.load.waiting:
-                self._node.recorder.enter("decode")
-                for sampled in self._engine.step(IDLE_WAIT_S):
+            load = self._engine.load
+            if self._busy(load) or self._wake_fd is not None:
+                if self._busy(load):
+                    self._node.recorder.enter("decode")
+                for sampled in self._engine.step(IDLE_WAIT_S if self._wake_fd is None else 0.0):
                     self._complete(sampled)
+                self._tell_faults()
             self._send()
             self._give_credits()
+
+    def _busy(self, load: EngineLoad) -> bool:
+        """Whether the engine samples; one that has lost its weights only waits for them."""
+        return load.running + load.waiting > 0 and self._engine.version is not None
+
+    def _tell_faults(self) -> None:
+        """An engine that lost its server says so; it mends itself once weights are loaded again, which `pending` now asks for."""
+        load = self._engine.load
+        if load.restarts != self._restarts:
+            self._restarts = load.restarts
+            log.error("the engine lost its server and starts it again (%d so far): %s", load.restarts, load.fault)
+            self._node.event("engine restarted", fault=load.fault, restarts=load.restarts, unfinished=load.waiting)
 
     # ------------------------------------------------------------------------------------------------ arriving
 
@@ -107,7 +150,7 @@ class Generator:
         """Every sample that is being sampled here, or done and not acknowledged."""
         keys = [
             (running.task.group_id, int(running.task.indices[place]), running.task.attempt)
-            for running in self._running.values()
+            for running in (*self._running.values(), *(self._held or ()))
             for place in running.left
         ]
         return np.array([*keys, *self._unacknowledged], np.int64).reshape(-1, 3)
@@ -153,11 +196,21 @@ class Generator:
 
     def _take(self, task: GroupTask) -> None:
         self._groups_taken += 1
-        loaded = self._engine.version
+        loaded = self._loaded  # what a credit told the dispatcher; should the engine have lost it, nothing older follows
         if loaded is None or loaded.number < task.min_version:
             raise AssertionError(f"group {task.group_id} needs version {task.min_version}, {loaded} is loaded: a bug of the dispatcher")
-        request_id = f"{task.group_id}/{task.attempt}"
-        self._running[request_id] = _Running(task, set(range(len(task.indices))), time.time())
+        running = _Running(task, set(range(len(task.indices))), [], time.time())
+        if self._held is not None:
+            self._held.append(running)
+        else:
+            self._submit(running)
+
+    def _submit(self, running: _Running) -> None:
+        task = running.task
+        request_id = f"{task.group_id}/{task.attempt}" + (f"~{running.requests}" if running.requests else "")
+        running.requests += 1
+        running.places = sorted(running.left)
+        self._running[request_id] = running
         sampling = Sampling(
             max_tokens=task.max_tokens,
             temperature=task.temperature,
@@ -165,9 +218,8 @@ class Generator:
             top_k=task.top_k,
             stop_token_ids=tuple(task.stop_token_ids.tolist()),
         )
-        self._engine.submit(
-            SampleRequest(request_id=request_id, prompt_ids=task.prompt_ids, seeds=tuple(task.seeds.tolist()), sampling=sampling)
-        )
+        seeds = tuple(int(task.seeds[place]) for place in running.places)
+        self._engine.submit(SampleRequest(request_id=request_id, prompt_ids=task.prompt_ids, seeds=seeds, sampling=sampling))
 
     def _load_weights(self) -> None:
         ready = self._intake.pending
@@ -175,17 +227,62 @@ class Generator:
             return
         with self._node.recorder.during("swap weights", "learner", f"v{ready.number}", iteration=ready.number):
             self._node.beat()  # loading may take long and cannot be interrupted: say so before
-            loaded = self._intake.load(ready)
+            loaded = self._away(lambda: self._intake.load(ready))
+        self._tell_faults()
         for link in self._learner.values():
             link.send(loaded)
+        if self._intake.quarantined:
+            self._hold(loaded.error)
+        elif not loaded.error:
+            self._loaded = Version(ready.number, ready.incarnation)
+            self._release()
         if self._intake.failures > RELOADS:
             raise WeightsError(f"{self._intake.failures} loads in a row failed, the last: {loaded.error}")
+
+    def _away(self, call: Callable[[], WeightsLoaded]) -> WeightsLoaded:
+        """Do what may take minutes in a thread of its own, for an engine that works elsewhere; meanwhile say that this process lives.
+
+        When the run ends meanwhile the thread is left behind: closing the engine ends what it waits for.
+        """
+        if self._wake_fd is None:
+            return call()
+        done: Future[WeightsLoaded] = Future()
+
+        def work() -> None:
+            try:
+                done.set_result(call())
+            except BaseException as error:  # handed over, not swallowed: `result` raises it
+                done.set_exception(error)
+            self._node.wake()
+
+        threading.Thread(target=work, name="load weights", daemon=True).start()
+        while not done.done():
+            self._node.poll(IDLE_WAIT_S)
+        return done.result()
+
+    def _hold(self, why: str) -> None:
+        """Quarantine: what the engine samples now is not to be trusted. Take everything back; it is sampled again once weights have proved good."""
+        self._node.event("quarantine", reason=why, groups=len(self._running))
+        left = sum(len(running.left) for running in self._running.values())
+        for request_id in list(self._running):
+            self._engine.abort(request_id)
+        while left:
+            left -= len(self._engine.step(IDLE_WAIT_S))  # thrown away, also what ended by itself between the swap and the canary
+            self._node.poll(0.0)
+        self._held = [*(self._held or []), *self._running.values()]
+        self._running.clear()
+
+    def _release(self) -> None:
+        held, self._held = self._held or [], None
+        for running in held:
+            self._submit(running)
 
     # ------------------------------------------------------------------------------------------------ leaving
 
     def _complete(self, sampled: Sampled) -> None:
         running = self._running[sampled.request_id]
-        running.left.discard(sampled.position)
+        place = running.places[sampled.position]
+        running.left.discard(place)
         if not running.left:
             del self._running[sampled.request_id]
         task = running.task
@@ -193,7 +290,7 @@ class Generator:
         self._mixed += len(sampled.spans) > 1
         completion = Completion(
             group_id=task.group_id,
-            index=int(task.indices[sampled.position]),
+            index=int(task.indices[place]),
             attempt=task.attempt,
             iteration=task.iteration,
             purpose=task.purpose,
@@ -228,8 +325,8 @@ class Generator:
         """As many groups as the free slots hold, unless finished completions pile up before the reward actors."""
         load = self._engine.load
         free = load.capacity - load.running - load.waiting
-        wanted = 0 if len(self._outbox) >= load.capacity or self._engine.version is None else max(0, -(-free // self._group_size))
-        version = self._engine.version or Version(-1)
+        version = (None if self._held is not None else self._engine.version) or Version(-1)
+        wanted = 0 if len(self._outbox) >= load.capacity or version.number < 0 else max(0, -(-free // self._group_size))
         total = max(self._granted[0], self._groups_taken + wanted)
         if (total, version.number) != self._granted:
             self._granted = (total, version.number)
@@ -238,7 +335,7 @@ class Generator:
 
     def _wait(self) -> tuple[str, str, str]:
         if self._engine.version is None:
-            return "waiting:first weights", "learner", ""
+            return "waiting:first weights", "learner", self._engine.load.fault
         if self._outbox:
             return "waiting:reward credit", "rewarder", f"{len(self._outbox)} completions wait to be scored"
         return "waiting:tasks", "dispatcher", ""
@@ -273,4 +370,6 @@ class Generator:
             "generator/samples": self._samples_done,
             "generator/mixed_samples": self._mixed,
             "generator/swaps": load.swaps,
+            "generator/capacity": load.capacity,
+            "generator/restarts": load.restarts,
         }

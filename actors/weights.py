@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from actors.engines import Engine
-from protocol.errors import WeightsError
+from actors.engines.conformance import check_conformance
+from protocol.canary import PROMPT_TOKENS, Canary, bound_of, difference, read_canary
+from protocol.errors import InfrastructureFault, WeightsError
 from protocol.manifest import verify
 from protocol.messages import Version, WeightsLoaded, WeightsReady
 
@@ -20,12 +24,16 @@ GONE = 50
 class WeightsIntake:
     """Remembers the newest announcement and loads it when asked. Older ones and repeats change nothing."""
 
-    def __init__(self, identity: str, engine: Engine) -> None:
+    def __init__(self, identity: str, engine: Engine, dtype: str = "float32") -> None:
         self._identity = identity
         self._engine = engine
         self._announced: WeightsReady | None = None
+        self._dtype = dtype
+        self._conforms = False
         self.failures = self.gone = 0
         """Loads in a row that failed, and those whose version had been removed; the newest is announced again after each."""
+        self.quarantined = False
+        """Whether the loaded weights failed the canary."""
 
     def announce(self, ready: WeightsReady) -> None:
         """A version is complete on disk."""
@@ -39,26 +47,39 @@ class WeightsIntake:
 
     @property
     def pending(self) -> WeightsReady | None:
-        """The announced version that is not loaded, if any."""
+        """The announced version that is not loaded, or is in quarantine, if any."""
+        if self.quarantined:
+            return self._announced
         ready, loaded = self._announced, self._engine.version
         return ready if ready is not None and (loaded is None or Version(ready.number, ready.incarnation) > loaded) else None
 
     def load(self, ready: WeightsReady) -> WeightsLoaded:
-        """Verify and load `ready`. A fault is returned in `error`, and nothing is tried until something is announced again; the old weights stay."""
+        """Verify and load `ready`, and let the engine prove itself on the canary. A fault is returned in `error`.
+
+        What cannot be loaded leaves the old weights at work, and nothing is tried until something is announced again. Weights that are
+        loaded but fail the canary put the actor into quarantine: they are `pending` again, and nothing sampled with them may be used.
+        Raises InfrastructureFault when the engine itself is broken.
+        """
         started = time.monotonic()
         version = Version(ready.number, ready.incarnation)
-        error, pause = "", 0.0
+        error, pause, distance = "", 0.0, float("nan")
         try:
-            verify(Path(ready.directory), ready.manifest_sha256)
+            manifest = verify(Path(ready.directory), ready.manifest_sha256)
             pause = self._engine.load_weights(Path(ready.directory), version)
-            self.failures = self.gone = 0
+            canary = read_canary(manifest)
+            if canary is not None and getattr(self._engine, "samples_the_model", True):
+                error, distance = self._prove(canary, manifest)
+            self.quarantined = bool(error)
+            self.gone = 0
+            self.failures = self.failures + 1 if error else 0
         except WeightsError as fault:
             error = str(fault)
             self.gone = 0 if Path(ready.directory).exists() else self.gone + 1
             self.failures += not self.gone or self.gone > GONE
-            log.warning("%s not loaded: %s", version, error)
             if self._announced is ready:
                 self._announced = None
+        if error:
+            log.warning("%s %s: %s", version, "in quarantine" if self.quarantined else "not loaded", error)
         return WeightsLoaded(
             generator=self._identity,
             number=ready.number,
@@ -66,5 +87,21 @@ class WeightsIntake:
             load_s=time.monotonic() - started,
             pause_s=pause,
             error=error,
-            canary_error=float("nan"),
+            canary_error=distance,
         )
+
+    def _prove(self, canary: Canary, manifest: Mapping[str, Any]) -> tuple[str, float]:
+        """What is wrong, empty if nothing is, and the largest difference between the learner's log-probs and the engine's."""
+        published = {entry["dtype"] for shard in manifest["shards"].values() for entry in shard.values()}
+        bound = bound_of([self._dtype, canary.dtype, "float32" if published <= {"F32", "F64"} else "bfloat16"])
+        try:
+            found = self._engine.score(canary.ids[:PROMPT_TOKENS], canary.ids[PROMPT_TOKENS:], 1.0)
+        except InfrastructureFault as fault:
+            return f"the canary cannot be scored ({fault})", float("inf")
+        distance = difference(canary.logprobs, found)
+        if not distance <= bound:
+            return f"the canary's log-probs differ by {distance:.3g} from the learner's, at most {bound:g} is allowed", distance
+        if not self._conforms:
+            check_conformance(self._engine, canary.ids, self._dtype)
+            self._conforms = True
+        return "", distance

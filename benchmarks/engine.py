@@ -8,6 +8,7 @@ the engine returns log-probs as well, `generate()` is not asked for them. Model:
 in the quickstart.
 
     python -m benchmarks.engine [--json] [--repeats 5]
+    python -m benchmarks.engine --engine sglang     # the SGLang engine beside a plain client; see benchmarks/engine_sglang.py
 """
 
 from __future__ import annotations
@@ -154,6 +155,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns the figures as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--engine", choices=("embedded", "sglang"), default="embedded", help="embedded: beside generate(); sglang: beside a plain client"
+    )
+    parser.add_argument("--stream-interval", type=int, default=32, help="with sglang: tokens per streamed piece")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--groups", type=int, default=48, help="groups in the stream of one repeat")
@@ -164,6 +169,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if options.concurrent % options.group_size:
         parser.error(f"--concurrent {options.concurrent} is not a multiple of --group-size {options.group_size}")
+    if options.engine == "sglang":
+        from benchmarks import engine_sglang
+
+        figures = engine_sglang.measure(options, build_model, Group)
+        line = f"engine {figures['engine_tokens_per_s']:.0f}, plain client {figures['plain_tokens_per_s']:.0f} tokens per second"
+        print(json.dumps(figures) if options.json else f"{line}; median ratio {figures['ratio']:.3f} of {figures['ratios']}")
+        return figures
     figures = measure(options)
     if options.json:
         print(json.dumps(figures))

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -129,6 +131,23 @@ class CausalModel:
                 arguments, place(batch.hidden_T), place(batch.targets_T), place(batch.temperature_T), entropy_gradient=entropy_gradient
             )
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.network.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def sequence_logprobs(self, ids: npt.NDArray[np.int32], first: int, *, half: bool) -> npt.NDArray[np.float32]:
+        """Log-probs [len(ids) - first] of one sequence's tokens from `first` on, at temperature 1; in float32 unless `half`."""
+        tokens = torch.from_numpy(ids).long().to(self.device)
+        places = torch.arange(first - 1, len(ids) - 1, device=self.device)
+        self.network.config._attn_implementation = "sdpa"
+        arguments: dict[str, Any] = {"input_ids": tokens[None], "use_cache": False}
+        temperature = torch.ones(len(places), dtype=torch.float64, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            logprobs: Tensor = self.policy(arguments, places, tokens[first:], temperature, entropy_gradient=False)[0]
+        return np.asarray(logprobs.float().cpu().numpy(), np.float32)
 
     def _block_plan(self, blocks: tuple[Block, ...], num_tokens: int) -> attention.BlockPlan:
         config = self.network.config.get_text_config()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from protocol.canary import Canary
 from protocol.errors import UserError
 from protocol.ledger import Ledger
 from protocol.manifest import Published, prune, publish, remove_older_incarnations
@@ -42,7 +43,7 @@ class Publisher:
         self._root, self._model_dir, self._ledger = root, model_dir, ledger
         self.dtype = DTYPES[dtype]
 
-    def publish(self, version: Version, tensors: Iterable[tuple[str, Tensor]]) -> WeightsReady:
+    def publish(self, version: Version, tensors: Iterable[tuple[str, Tensor]], canary: Canary | None = None) -> WeightsReady:
         """Make `version` complete on disk, then remove what is too old. `tensors` are taken one at a time, never held all at once.
 
         Raises UserError when the disk is full, and leaves nothing.
@@ -53,6 +54,7 @@ class Publisher:
                 version,
                 str(self._model_dir),
                 lambda directory: self._write(directory, tensors),
+                canary=canary,
                 appear=self._appearing(version),
             )
         except (OSError, SafetensorError) as error:

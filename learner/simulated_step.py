@@ -20,6 +20,7 @@ from learner.parallel import Group
 from learner.settings import LearnerSettings
 from learner.simulated_options import Options
 from learner.step import StepMetrics
+from protocol.canary import Canary
 from protocol.errors import ConfigError, DataError
 
 
@@ -56,6 +57,10 @@ class SimulatedStep:
             },
             skipped=(),
         )
+
+    def canary(self) -> Canary | None:
+        """None: there is no language model."""
+        return None
 
     def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights, after `publish_s`."""

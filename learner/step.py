@@ -36,6 +36,7 @@ from learner.settings import LearnerSettings
 from learner.sharding import as_number, fill, forget_forward, whole
 from learner.sharing import SHARED_LONGEST, build_shared, plan_shared
 from learner.tally import Tally
+from protocol.canary import PROMPT_TOKENS, Canary, canary_ids
 from protocol.errors import DataError
 from protocol.intervals import phase
 
@@ -153,6 +154,18 @@ class Step:
         forget_forward(self.model.policy)
         self.group.sum(total)
         return float(total.item())
+
+    def canary(self) -> Canary:
+        """Log-probs of a fixed sequence under the present parameters, for generators to compare theirs with.
+
+        In float32 whatever the training type, unless layers are gathered in bfloat16. With sharding all ranks must ask side by side.
+        """
+        ids = canary_ids(self.model.vocabulary)
+        half = self.sharded and self.model.autocast
+        with self.group.named("canary"):
+            logprobs = self.model.sequence_logprobs(ids, PROMPT_TOKENS, half=half)
+            forget_forward(self.model.policy)
+        return Canary(ids, logprobs, "bfloat16" if half else "float32")
 
     def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """All parameters and persistent buffers, whole, one after the other, under their transformers names, tied weights once.

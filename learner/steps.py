@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from protocol.canary import Canary
 from protocol.registry import resolve
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ class TrainStep(Protocol):
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
         """Update the policy on one batch, the same `samples` on every rank."""
+
+    def canary(self) -> Canary | None:
+        """Log-probs of a fixed sequence under the present parameters, for generators to prove themselves by; None without a language model.
+
+        Rank 0 asks before it publishes, the others before they help with that.
+        """
 
     def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """What generators load, one tensor after the other, in `dtype` if given; they may be live ones. On rank 0."""

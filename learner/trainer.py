@@ -252,8 +252,9 @@ class Leader:
     def _publish(self, number: int) -> float:
         started = time.monotonic()
         with self._recorder.during("publish", iteration=number):
+            canary = self._step.canary()
             version = Version(number, self._incarnation)
-            ready = self._publisher.publish(version, self._step.published_tensors(self._publisher.dtype))
+            ready = self._publisher.publish(version, self._step.published_tensors(self._publisher.dtype), canary)
             self._intake.announce(replace(ready, groups_taken=self._intake.groups_taken))
         return time.monotonic() - started
 
@@ -345,6 +346,7 @@ def follow(node: Node, job: LearnerJob) -> None:
     while True:
         if last:
             node.recorder.enter("publish")
+            step.canary()  # a sharded model computes it on all ranks
             step.help_publishing(dtype)  # the version that training starts from, then that of each iteration
         if commit:
             committer.begin(step, iteration + 1, None)

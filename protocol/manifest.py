@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from protocol.canary import Canary
 from protocol.errors import WeightsError
 from protocol.messages import Version
 
@@ -41,6 +42,7 @@ def publish(
     base_model: str,
     write_shards: Callable[[Path], None],
     *,
+    canary: Canary | None = None,
     sync: bool = False,
     appear: Callable[[str, Callable[[], object]], object] = lambda sha256, rename: rename(),
 ) -> Published:
@@ -62,6 +64,7 @@ def publish(
             "number": version.number,
             "incarnation": version.incarnation,
             "base_model": base_model,
+            "canary": canary and canary.as_json(),
             "shards": {path.name: _describe(path) for path in sorted(aside.glob("*.safetensors"))},
         }
         text = json.dumps(manifest, indent=1).encode()

@@ -156,6 +156,17 @@ def build_parser() -> argparse.ArgumentParser:
     sft.add_argument("--plain", action="store_true", help="plain lines instead of a bar (the default when the output is no terminal)")
     sft.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
 
+    text = "environments of engines that run in an interpreter of their own"
+    engines = commands.add_parser("engines", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    of_engines = engines.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    install = _command(of_engines, "install", _engines_install, "build the environment of an engine's server, or find it complete")
+    install.add_argument("engine", metavar="ENGINE", help="sglang")
+    install.add_argument("--device", default="cpu", metavar="DEVICE", help="what the server shall run on: cpu or cuda (default cpu)")
+    install.add_argument(
+        "--dir", type=Path, metavar="DIR", help="where to (default: ~/.cache/rlsys/engines/ENGINE-DEVICE, found by itself)"
+    )
+    install.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
     doctor = _command(commands, "doctor", _doctor, "what this machine can do: cores, memory, isolation of model-written code, devices")
     doctor.add_argument("--json", action="store_true", help="for machines")
     return parser
@@ -286,6 +297,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from rlsys.doctor import doctor
 
     return doctor(as_json=options.json)
+
+
+def _engines_install(options: argparse.Namespace) -> int:
+    from rlsys.engines import install
+
+    return install(options.engine, options.device, options.dir, as_json=options.json)
 
 
 def _status(options: argparse.Namespace) -> int:

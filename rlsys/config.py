@@ -242,6 +242,9 @@ def _set(content: dict[str, Any], override: str) -> None:
 _PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"), ("learner", "kl", "reference"))
 
 
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)")
+
+
 def absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Paths with ~ and $VARIABLES expanded, relative ones counted from the configuration file."""
     changed: dict[str, Any] = copy.deepcopy(dict(content))
@@ -251,7 +254,11 @@ def absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
             section = section.get(group) if isinstance(section, dict) else None
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and not value.startswith(BUILTIN):
-            section[key] = str((base / Path(os.path.expandvars(value)).expanduser()).resolve())
+            expanded = os.path.expandvars(value)
+            if unset := _VARIABLE.search(expanded):
+                where = ".".join([*groups, key])
+                raise ConfigError(f"{where} is {value}: the environment variable {unset[1]} is not set; set it, or give --set {where}=...")
+            section[key] = str((base / Path(expanded).expanduser()).resolve())
     return changed
 
 

@@ -105,10 +105,12 @@ def _generator(node: Node, config: RunConfig) -> None:
         device=settings.device,
         index=node.spec.index,
         extra=dict(settings.options),
+        name=node.spec.name,
+        log_dir=Path(node.spec.run_dir) / "logs",
     )
     engine = resolve(settings.engine, ENGINES, "engine")(options)
     try:
-        Generator(node, engine, config.sampling.group_size).run()
+        Generator(node, engine, config.sampling.group_size, settings.dtype).run()
     finally:
         engine.close()
 

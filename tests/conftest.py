@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.ring import Ring
+from tests.sglang_servers import running_server
 
 
 @pytest.fixture
@@ -15,3 +16,13 @@ def ring(tmp_path: Path) -> Iterator[Ring]:
     """The rest of a run; what was started on it is ended, also when the test fails."""
     with Ring(tmp_path) as ring:
         yield ring
+
+
+@pytest.fixture(scope="session")
+def sglang_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real SGLang server for tiny models (`tests/actors/tiny_models.py`, qwen3), shared by all tests that need one."""
+    from tests.actors.tiny_models import CONTEXT, build, save
+
+    directory = tmp_path_factory.mktemp("sglang")
+    with running_server(save(build("qwen3"), directory / "model"), directory, max_context=CONTEXT) as server:
+        yield server.url

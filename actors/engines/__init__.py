@@ -17,12 +17,14 @@ from protocol.messages import FinishReason, Span, Version
 ENGINES = {
     "embedded": "actors.engines.embedded:EmbeddedEngine",
     "simulated": "actors.engines.simulated:SimulatedEngine",
+    "sglang": "actors.engines.sglang:SGLangEngine",
 }
 """Name in the configuration -> class. The class is built as `Class(options: EngineOptions)`."""
 
 ENGINE_OPTIONS = {
     "embedded": "actors.engines.embedded_options:Options",
     "simulated": "actors.engines.simulated_options:Options",
+    "sglang": "actors.engines.sglang_options:Options",
 }
 """Name -> pydantic model of `generators.options`, importable without torch, so that a run is checked before anything starts."""
 
@@ -82,6 +84,10 @@ class EngineLoad:
     """request_id -> tokens of its longest running sample."""
     ready_in_s: float = 0.0
     """How long `step` has nothing to do, so that the caller may wait on its own sockets: 0 for an engine that computes in `step`."""
+    restarts: int = 0
+    """How often the engine lost what it samples with and started it again. Each time unfinished samples begin anew from their seeds."""
+    fault: str = ""
+    """Why, the last time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,22 +103,33 @@ class EngineOptions:
     dtype: str = "float32"
     device: str = "cpu"
     index: int = 0
-    """Of the generator actor that the engine works for."""
+    """Of the generator actor that the engine works for; an engine may take its devices by it."""
     extra: dict[str, object] = field(default_factory=dict)
+    name: str = "engine"
+    log_dir: Path | None = None
+    """Where an engine's own processes write their logs, as <name>-server.log; None: the directory for temporary files."""
 
 
 class Engine(Protocol):
     """Samples many requests at once.
 
-    One thread calls it; no method blocks for longer than one decode step, except `load_weights` and `close`.
+    One thread at a time calls it; no method blocks for longer than one decode step, except `load_weights`, `score` and `close`.
     Nothing is sampled before the first `load_weights`.
+
+    An engine that works elsewhere (a server) may have an attribute `wake_fd`: a file descriptor that can be read while `step` has
+    something to give. Its `load_weights` may take minutes; it is then called from a thread of its own, and nothing else meanwhile.
+    Such an engine mends itself: if it loses what it samples with, `version` is None until the next `load_weights`, `load` counts the
+    restart and names the fault, and unfinished samples begin anew from their seeds. InfrastructureFault: it could not.
     """
 
     def submit(self, request: SampleRequest) -> None:
         """Queue a request. Raises ValueError for token ids outside the vocabulary and for a prompt that leaves no room to sample."""
 
     def abort(self, request_id: str) -> None:
-        """End what is left of a request: its samples come out of the next `step` with finish reason "abort" and the tokens so far."""
+        """End what is left of a request: its samples come out of a following `step` with finish reason "abort" and the tokens so far.
+
+        Until then they count as running. An unknown or ended request is no error.
+        """
 
     def step(self, timeout_s: float) -> list[Sampled]:
         """Do one unit of work (or wait for at most `timeout_s` for work done elsewhere) and return the completions that ended.
@@ -132,7 +149,7 @@ class Engine(Protocol):
 
     @property
     def version(self) -> Version | None:
-        """The loaded version; None before the first."""
+        """The loaded version; None before the first, and after the engine lost it."""
 
     @property
     def load(self) -> EngineLoad:

@@ -46,6 +46,9 @@ class SimulatedEngine:
     Raises ConfigError for options that it does not know or that make no sense.
     """
 
+    samples_the_model = False
+    """So no canary is asked of it."""
+
     def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         try:
             self._options = Options.model_validate(options.extra)

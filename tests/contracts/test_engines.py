@@ -15,7 +15,7 @@ from protocol.messages import Span, Version
 from protocol.registry import resolve
 from tests.actors.tiny_models import CONTEXT, VOCABULARY, build, drain, prompt, reference_logprobs, request, save
 
-MARKS: dict[str, list[pytest.MarkDecorator]] = {}
+MARKS: dict[str, list[pytest.MarkDecorator]] = {"sglang": [pytest.mark.sglang]}
 """Engines that need more than the CI machine has, and the marker that says so."""
 EXTRA: dict[str, dict[str, object]] = {
     "simulated": {"tokens_per_s_sample": 2000, "tokens_per_s": 8000, "lengths": {"mean": 900, "sigma": 0}},
@@ -35,7 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
 def engine(request: pytest.FixtureRequest, models: list[tuple[Any, Path]]) -> Iterator[Engine]:
     """An engine with version 0 loaded."""
     name = request.param
-    options = EngineOptions(model_path=models[0][1], max_context=CONTEXT, slots=4, extra=EXTRA.get(name, {}))
+    extra = {"url": request.getfixturevalue("sglang_url")} if name == "sglang" else EXTRA.get(name, {})
+    options = EngineOptions(model_path=models[0][1], max_context=CONTEXT, slots=4, extra=extra)
     built: Engine = resolve(name, ENGINES, "engine")(options)
     try:
         assert built.version is None

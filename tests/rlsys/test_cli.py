@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,18 +33,27 @@ COMMANDS = (
     "plan",
     "grade",
     "sft",
+    "engines",
     "doctor",
 )
 HEAVY = ("torch", "transformers", "ray", "tensorboard", "sglang", "zmq")
 
 
-def check_and_list_heavy_imports(*configs: str) -> subprocess.CompletedProcess[str]:
+def check_and_list_heavy_imports(*configs: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`rlsys check` in a fresh interpreter; the last line of its output names the heavy libraries that it imported."""
     program = (
         f"import sys; from rlsys.cli import main; code = main(['check', *{configs!r}]); "
         f"print('HEAVY', *sorted(set(sys.modules) & set({HEAVY!r}))); sys.exit(code)"
     )
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
 
 
 def rlsys(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -77,12 +87,22 @@ def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) ->
     assert build_parser().prog == "rlsys"
 
 
-def test_checking_every_shipped_configuration_needs_no_heavy_library() -> None:
+def test_checking_every_shipped_configuration_needs_no_heavy_library(tmp_path: Path) -> None:
+    """Those for GPUs name model and problems by MODEL and TRAIN: any of a long enough context will do."""
+    files = minimal(tmp_path)
+    model = Path(files["model"]["path"])
+    (model / "config.json").write_text(json.dumps({**json.loads((model / "config.json").read_text()), "max_position_embeddings": 131072}))
     configs = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
-    done = check_and_list_heavy_imports(*configs)
+    done = check_and_list_heavy_imports(*configs, MODEL=str(model), TRAIN=files["data"]["train"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
     assert done.stdout.count(": ok") == len(configs) > 0
+
+
+def test_a_path_with_a_variable_that_is_not_set_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODEL", raising=False)
+    assert main(["check", str(ROOT / "configs" / "1-gpu.yaml")]) == 2
+    assert "model.path is $MODEL: the environment variable MODEL is not set" in capsys.readouterr().err
 
 
 def test_a_configuration_with_its_own_files_is_checked_without_heavy_libraries(tmp_path: Path) -> None:

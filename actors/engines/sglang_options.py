@@ -1,0 +1,62 @@
+"""Options of the SGLang engine, importable without torch or a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SwapPolicy = Literal["auto", "retract_flush", "retract", "abort_resume", "in_place"]
+
+
+class Options(BaseModel):
+    """How the server is started or found, and how it is driven."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    python: Path | None = Field(None, description="interpreter that has sglang; default: what `rlsys engines install sglang` made")
+    url: str | None = Field(
+        None, description="use the server that runs at this address instead of starting one, such as http://127.0.0.1:30000"
+    )
+    tp: int = Field(1, ge=1, description="tensor-parallel size: devices of one server")
+    devices: list[int] | None = Field(
+        None, description="CUDA devices of all servers on this host; server i takes the i-th tp of them (default: from 0 on)"
+    )
+    memory_fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of a device's memory for weights and cache; default: 0.8 on a GPU"
+    )
+    attention_backend: str | None = Field(None, description="default: torch_native on a CPU, triton on a GPU")
+    server_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="any other flag of the server, such as {chunked-prefill-size: 4096, enable-metrics: true}"
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="environment variables of the server")
+    swap: SwapPolicy = Field(
+        "auto",
+        description="what becomes of running requests when weights change; auto: the cheapest that keeps each token's version true, by the "
+        "server's version; in_place goes on with the old cache under new weights, so that log-probs match neither",
+    )
+    lane: Literal["disk", "tensor", "distributed"] = Field(
+        "disk",
+        description="how new weights reach the server: files; shared memory or CUDA IPC from the actor; broadcast (NCCL, on a CPU Gloo)",
+    )
+    min_concurrency: int = Field(4, ge=1, description="requests in the server at least; `slots` is the most")
+    stream_interval: int = Field(16, ge=1, description="tokens per piece that the server streams; small ones cost time on both sides")
+    start_s: float = Field(300.0, gt=0, description="from the start of the server to its first answer")
+    silence_s: float = Field(20.0, gt=0, description="time without an answer of the scheduler after which the server counts as hung")
+    update_s: float = Field(300.0, gt=0, description="longest update of the weights")
+    restarts: int = Field(3, ge=0, description="starts in a row, without a finished sample between them, before the actor gives up")
+    seeds: bool = Field(True, description="refuse a server that does not draw each sample from its own seed (by rlsys's plug-in)")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Options:
+        if self.url is not None:
+            ours = ("python", "devices", "memory_fraction", "attention_backend", "server_args", "environment")
+            own = [name for name in ours if getattr(self, name)]
+            if own:
+                raise ValueError(f"url is given, so no server is started, and {', '.join(own)} would do nothing")
+        if self.devices is not None and len(set(self.devices)) != len(self.devices):
+            raise ValueError(f"devices {self.devices} names one twice")
+        if self.devices is not None and len(self.devices) < self.tp:
+            raise ValueError(f"devices names {len(self.devices)}, fewer than the tp of {self.tp}")
+        return self

@@ -9,6 +9,7 @@ It waits for: the first weights (learner), tasks (dispatcher), credit (reward ac
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -80,6 +81,7 @@ class Generator:
         self._loaded: Version | None = None
         self._held: list[_Running] | None = None
         self._restarts = 0
+        self._paused_s, self._canary_error = 0.0, 0.0
         self._running: dict[str, _Running] = {}
         self._outbox: deque[Completion] = deque()
         self._unacknowledged: OrderedDict[Key, Completion] = OrderedDict()
@@ -231,6 +233,8 @@ class Generator:
         self._tell_faults()
         for link in self._learner.values():
             link.send(loaded)
+        self._paused_s += loaded.pause_s
+        self._canary_error = 0.0 if math.isnan(loaded.canary_error) else loaded.canary_error
         if self._intake.quarantined:
             self._hold(loaded.error)
         elif not loaded.error:
@@ -372,4 +376,6 @@ class Generator:
             "generator/swaps": load.swaps,
             "generator/capacity": load.capacity,
             "generator/restarts": load.restarts,
+            "generator/pause_s": self._paused_s,
+            "generator/canary_error": self._canary_error,
         }

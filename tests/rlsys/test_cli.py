@@ -92,7 +92,7 @@ def test_checking_every_shipped_configuration_needs_no_heavy_library(tmp_path: P
     files = minimal(tmp_path)
     model = Path(files["model"]["path"])
     (model / "config.json").write_text(json.dumps({**json.loads((model / "config.json").read_text()), "max_position_embeddings": 131072}))
-    configs = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
+    configs = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("sft"))
     done = check_and_list_heavy_imports(*configs, MODEL=str(model), TRAIN=files["data"]["train"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].split() == ["HEAVY"]

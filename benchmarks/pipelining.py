@@ -28,7 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "minibatch": {"name": "minibatch"},
     "one_off": {"name": "one_off"},
     "bounded": {"name": "bounded"},
+    "bounded_mask": {"name": "bounded", "stragglers": "mask"},
+    "bounded_drop": {"name": "bounded", "stragglers": "drop"},
 }
 """Name in the table -> settings of the schedule; all else is the default (bounded: S = 2)."""
+COMPARED = (COLOCATED, "synchronous", "minibatch", "one_off", "bounded")
+"""Run when no schedule is named."""
 ITERATIONS = 10
 SLOTS = (32, 64, 128, 256)
 TOKENS = 10
@@ -219,8 +223,8 @@ def idle(run_dir: Path, window: tuple[float, float]) -> dict[str, dict[str, floa
     return found
 
 
-def measure(figures: Figures, setting: Setting, *, keep: Path | None = None) -> dict[str, Any]:
-    """Run the real processes; figures in simulated seconds."""
+def measure(figures: Figures, setting: Setting, *, look: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Run the real processes; figures in simulated seconds, and what `look` finds in the run directory before it is removed."""
     target_s = max(SHORTEST_S, SAMPLE_S * figures.samples + 0.02 * setting.generators)
     speed = setting.predicted_s / target_s
     config = prepare(configuration(figures, setting, speed), lambda _: None).config
@@ -246,10 +250,9 @@ def measure(figures: Figures, setting: Setting, *, keep: Path | None = None) -> 
                 for state in ("trained", "dropped", "rejected", "superseded")
             },
             "idle": idle(run_dir.path, (ends[first], ends[last])),
+            **(look(run_dir.path) if look is not None else {}),
         }
     finally:
-        if keep is not None:
-            shutil.copytree(directory / "run", keep, dirs_exist_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -318,7 +321,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
         colocated_s: float | None = None
         if not options.json:
             print(f"\n{figures.name}: {figures.devices} devices, {figures.samples} samples an iteration", flush=True)
-        for schedule in options.schedule or SCHEDULES:
+        for schedule in options.schedule or COMPARED:
             setting = choose(figures, schedule, shared=options.shared)
             row = known.get(setting.key)
             if row is None:
@@ -340,7 +343,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="append", metavar="NAME", help="of benchmarks/profiles, or a YAML file (default: all)")
-    parser.add_argument("--schedule", action="append", choices=list(SCHEDULES), help="default: all")
+    parser.add_argument("--schedule", action="append", choices=list(SCHEDULES), help=f"default: {', '.join(COMPARED)}")
     parser.add_argument("--devices", type=int, help="other than the profile's")
     parser.add_argument("--shared", action="store_true", help="also splits in which one device is shared by both fleets")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines: append runs, and skip those that stand there")

@@ -96,10 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(figures))
         return 0
+    ratio = figures["synchronous_s"] / figures["pinned_s"]
     print(f"one_off, generator and learner pinned to a core each  {figures['pinned_s']:.2f} s per iteration")
-    print(
-        f"synchronous, both cores for each phase                {figures['synchronous_s']:.2f} s ({figures['synchronous_s'] / figures['pinned_s']:.2f}x)"
-    )
+    print(f"synchronous, both cores for each phase                {figures['synchronous_s']:.2f} s ({ratio:.2f}x)")
     error = figures["plan_s"] / figures["quickstart_s"] - 1
     print(
         f"quickstart as configured                              {figures['quickstart_s']:.2f} s, planned {figures['plan_s']:.2f} s ({error:+.0%})"

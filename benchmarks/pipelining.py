@@ -223,9 +223,11 @@ def idle(run_dir: Path, window: tuple[float, float]) -> dict[str, dict[str, floa
     return found
 
 
-def measure(figures: Figures, setting: Setting, *, look: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
+def measure(
+    figures: Figures, setting: Setting, *, look: Callable[[Path], dict[str, Any]] | None = None, real_s: float = SHORTEST_S
+) -> dict[str, Any]:
     """Run the real processes; figures in simulated seconds, and what `look` finds in the run directory before it is removed."""
-    target_s = max(SHORTEST_S, SAMPLE_S * figures.samples + 0.02 * setting.generators)
+    target_s = max(real_s, SAMPLE_S * figures.samples + 0.02 * setting.generators)
     speed = setting.predicted_s / target_s
     config = prepare(configuration(figures, setting, speed), lambda _: None).config
     directory = Path(tempfile.mkdtemp(prefix="rlsys-pipelining-"))
@@ -327,7 +329,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
             if row is None:
                 if time.monotonic() > stop_s:
                     continue
-                measured = measure(with_slots(figures, setting.slots), setting)
+                measured = measure(with_slots(figures, setting.slots), setting, real_s=options.real_seconds)
                 row = {"key": setting.key, **report(with_slots(figures, setting.slots), setting, measured)}
                 if options.results is not None:
                     with options.results.open("a") as file:
@@ -347,6 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, help="other than the profile's")
     parser.add_argument("--shared", action="store_true", help="also splits in which one device is shared by both fleets")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines: append runs, and skip those that stand there")
+    parser.add_argument(
+        "--real-seconds", type=float, default=SHORTEST_S, metavar="S", help=f"of an iteration at least (default {SHORTEST_S:g})"
+    )
     parser.add_argument("--minutes", type=float, help="begin no further run after so long")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)

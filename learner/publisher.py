@@ -93,11 +93,20 @@ def export_model(model_dir: Path, target: Path, tensors: Iterable[tuple[str, Ten
         for name in CONFIG_FILES:
             if (model_dir / name).is_file():
                 shutil.copy(model_dir / name, aside / name)
+        _state_dtype(aside / "config.json", dtype)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{target}: the model cannot be written ({error}); {_free(target.parent)}") from None
+
+
+def _state_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Where a configuration names a dtype, `from_pretrained(dtype="auto")` goes by it, not by the tensors."""
+    content = json.loads(config.read_text()) if config.is_file() else {}
+    stated = [key for key in ("dtype", "torch_dtype") if key in content]
+    if stated:
+        config.write_text(json.dumps({**content, **dict.fromkeys(stated, str(dtype).removeprefix("torch."))}, indent=2))
 
 
 def _free(directory: Path) -> str:

@@ -167,6 +167,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     install.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
+    export = _command(commands, "export", _export, "write a run's policy as a Hugging Face directory: weights, configuration, tokenizer")
+    export.add_argument(
+        "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run (its newest good checkpoint), a checkpoint, or a model"
+    )
+    export.add_argument("out", type=Path, metavar="OUT", help="a new directory")
+    export.add_argument("--iteration", type=_count, metavar="N", help="the checkpoint after N iterations (default: the newest good one)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as the run publishes)")
+    export.add_argument("--model", type=Path, metavar="DIR", help="the model that the run started from, if it has moved")
+    export.add_argument("--adapter", action="store_true", help="the adapters alone, as a peft directory (runs with learner.lora)")
+    export.add_argument("--json", action="store_true", help="for machines")
+
     doctor = _command(commands, "doctor", _doctor, "what this machine can do: cores, memory, isolation of model-written code, devices")
     doctor.add_argument("--json", action="store_true", help="for machines")
     return parser
@@ -182,7 +193,7 @@ def _command(
 
 def _count(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return int(text)
 
 
@@ -289,6 +300,20 @@ def _sft(options: argparse.Namespace) -> int:
         check=options.check,
         resume=options.resume,
         plain=options.plain,
+        as_json=options.json,
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rlsys.export import export
+
+    return export(
+        options.source,
+        options.out,
+        model=options.model,
+        iteration=options.iteration,
+        dtype=options.dtype,
+        adapter=options.adapter,
         as_json=options.json,
     )
 

@@ -34,6 +34,7 @@ COMMANDS = (
     "grade",
     "sft",
     "engines",
+    "export",
     "doctor",
 )
 HEAVY = ("torch", "transformers", "ray", "tensorboard", "sglang", "zmq")

@@ -74,7 +74,8 @@ class _Running:
 class Generator:
     """The loop of one generator actor. `group_size` turns free slots into credits, which are counted in groups."""
 
-    def __init__(self, node: Node, engine: Engine, group_size: int, dtype: str = "float32") -> None:
+    def __init__(self, node: Node, engine: Engine, group_size: int, dtype: str = "float32", device: str = "cpu") -> None:
+        self._device = device
         self._node, self._engine, self._group_size = node, engine, group_size
         self._intake = WeightsIntake(node.identity, engine, dtype)
         self._wake_fd: int | None = getattr(engine, "wake_fd", None)
@@ -356,6 +357,7 @@ class Generator:
             place = (key[0], self._sent_to.get(key, ""))
             sent[place] = sent.get(place, 0) + 1
         return {
+            "device": self._device,
             "version": version.number if version else -1,
             "announced": self._intake.announced,
             "running": groups,

@@ -107,7 +107,7 @@ class Leader:
         self._iterations_done = 0
         node.gauges = self._gauges
         node.progress = lambda: self._intake.received + self._iterations_done
-        node.facts = lambda: {**self._intake.facts(), "ranks": job.settings.ranks}
+        node.facts = lambda: {**self._intake.facts(), "device": str(pick_device(job.settings.device, 0))}
         try:
             self._batches = self._recover(ended)
             self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype, self._ledger)
@@ -324,6 +324,8 @@ STOP_GRACE_S = 3.0
 def follow(node: Node, job: LearnerJob) -> None:
     """Train on what rank 0 broadcasts, until it broadcasts nothing; then stay until the run stops."""
     settings = job.settings
+    device = str(pick_device(settings.device, node.spec.index))
+    node.facts = lambda: {"device": device}
     node.start()
     node.recorder.enter("waiting:rank 0", "learner", "its address")
     address = ""

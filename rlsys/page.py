@@ -14,7 +14,7 @@ import yaml
 from protocol.intervals import is_waiting
 from rlsys.charts import HALF, Series, bands, histogram, line_chart, number, shares, thin
 from rlsys.story import STRAGGLER_TIMES, STRAGGLERS, Story, slowest_problems, stragglers, verdicts
-from rlsys.usage import UNRECORDED, Row, usage
+from rlsys.usage import UNRECORDED, Row, device_usage, usage
 
 WORK_COLOURS = {
     "decode": "var(--c1)",
@@ -222,6 +222,25 @@ def _time(story: Story) -> str:
             table,
             numeric=(1, 2, 3, 5),
         )
+        + _devices(story)
+    )
+
+
+def _devices(story: Story) -> str:
+    """A device is busy while any process on it is; its idle time is shared among what they wait for."""
+    rows = []
+    for device, names in story.devices.items():
+        together = [story.rows[name] for name in names]
+        whole = device_usage(together, min(r[0].start_s for r in together), max(r[-1].end_s for r in together))
+        idle = sorted(whole.idle_s.items(), key=lambda item: -item[1])
+        causes = ", ".join(f"{n.removeprefix('waiting:')} {s:.1f}" for n, s in idle[:4] if s >= 0.05)
+        figures = (f"{whole.wall_s:.1f}", f"{whole.busy_s:.1f}", f"{whole.busy_share:.0%}", causes or "-")
+        rows.append((device, ", ".join(names), *figures))
+    return _table(
+        "Devices: busy while anyone on them is (seconds)",
+        ("device", "processes", "wall", "busy", "share", "idle by cause"),
+        rows,
+        numeric=(2, 3, 4),
     )
 
 
@@ -294,7 +313,7 @@ def _throughput(story: Story) -> str:
 
 def _events(story: Story) -> str:
     rows = []
-    for record in story.events[-200:]:
+    for record in [e for e in story.events if e["event"] != "on device"][-200:]:
         detail = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("time_s", "identity", "event"))
         what = "fault" if record["event"] in FAULTS else ""
         rows.append((f"{record['time_s'] - story.start_s:.1f}", str(record.get("identity", "")), str(record["event"]), detail, what))

@@ -110,7 +110,7 @@ def _generator(node: Node, config: RunConfig) -> None:
     )
     engine = resolve(settings.engine, ENGINES, "engine")(options)
     try:
-        Generator(node, engine, config.sampling.group_size, settings.dtype).run()
+        Generator(node, engine, config.sampling.group_size, settings.dtype, settings.device).run()
     finally:
         engine.close()
 

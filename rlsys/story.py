@@ -77,6 +77,16 @@ class Story:
     """Tokens of training samples by staleness against the iteration that they were sampled for."""
 
     @property
+    def devices(self) -> dict[str, list[str]]:
+        """Device -> the processes that sample or train on it, as they said. Processes without one use the host alone."""
+        found: dict[str, list[str]] = defaultdict(list)
+        said = {e["process"]: e["device"] for e in self.events if e["event"] == "on device"}
+        for process, device in sorted(said.items()):
+            if self.rows.get(process):
+                found[device].append(process)
+        return dict(sorted(found.items()))
+
+    @property
     def processes(self) -> dict[str, list[Row]]:
         """The main track of each process, generators first."""
         order = ("generator", "rewarder", "learner", "dispatcher", "dashboard")

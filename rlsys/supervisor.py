@@ -75,6 +75,8 @@ class Process:
     restart_at_s: float | None = None
     """It is dead and comes back then."""
     restarts: int = 0
+    device: str = ""
+    """What it samples or trains on, as it says itself."""
 
     @property
     def name(self) -> str:
@@ -249,6 +251,9 @@ class Supervisor:
             self._introduce(control)
         elif isinstance(message, Heartbeat):
             process.heartbeat = message
+            if not process.device and message.facts.get("device"):
+                process.device = str(message.facts["device"])
+                self._tell("on device", process=process.name, device=process.device)
             control.send(peer, ClockEcho(sent_s=message.sent_s, received_s=received_s, replied_s=now_s()))
         elif isinstance(message, Event):
             self._on_phase(message)

@@ -134,6 +134,8 @@ def _instants(story: Story, pids: dict[str, int]) -> list[dict[str, Any]]:
             place = {"pid": pids[sample.generator], "tid": 0, "ts": _us(sample.finished_s, story.start_s)}
             events.append({"ph": "i", "s": "p", "name": name, "cat": "straggler", **place, "args": args})
     for record in story.events:
+        if record["event"] == "on device":
+            continue
         process = str(record.get("identity", "")).partition("@")[0]
         args = {key: value for key, value in record.items() if key not in ("time_s", "identity", "event")}
         place = {"pid": pids.get(process, 0), "tid": 0, "ts": _us(record["time_s"], story.start_s)}

@@ -75,6 +75,9 @@ def make_run(run_dir: Path, ended: Mapping[str, Any] | None = None) -> Path:
         "event": "eval",
     }
     records.append({**evaluation, "time_s": START_S + 2, "version": 0, "pass_at_1": 0.25})
+    for name in ("generator-0", "generator-1", "learner-0"):
+        device = {"process": name, "device": "cuda:1" if name == "learner-0" else "cuda:0"}
+        records.append({"time_s": START_S, "identity": "supervisor", "event": "on device", **device})
     for k in range(ITERATIONS):
         at = 10.0 * k
         records.append(

@@ -102,6 +102,8 @@ def test_numbers_by_hand(story: Story) -> None:
     assert (late[0].sample.group, late[0].sample.index, late[0].last) == (5, 3, True)
     assert late[0].times == pytest.approx(9.9 / 4.5)
     assert set(story.staleness) == {0, 1}
+    assert story.devices == {"cuda:0": ["generator-0", "generator-1"], "cuda:1": ["learner-0"]}
+    assert "Devices: busy while anyone on them is" in build_page(story)
 
 
 def test_the_page_in_a_browser(story: Story, tmp_path: Path) -> None:

@@ -30,24 +30,43 @@ CHUNK_LOGITS = 2**23
 
 
 def head_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature_T: Tensor, *, entropy_gradient: bool = False
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    temperature_T: Tensor,
+    *,
+    cap: float | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the target [T], and the entropy of the softmax [T], in float32 or better.
 
-    Under autocast the products are taken in its dtype, everything else in float32. A head with a bias takes the naive way.
+    Under autocast the products are taken in its dtype, everything else in float32. A head with a bias or a soft cap takes the naive way.
     """
-    if weight_VD.shape[0] <= NAIVE_VOCABULARY or bias_V is not None:
-        return naive_logprobs(hidden_TD, weight_VD, bias_V, targets_T, temperature_T, entropy_gradient=entropy_gradient)
+    if weight_VD.shape[0] <= NAIVE_VOCABULARY or bias_V is not None or cap is not None:
+        return naive_logprobs(hidden_TD, weight_VD, bias_V, targets_T, temperature_T, cap=cap, entropy_gradient=entropy_gradient)
     return chunked_logprobs(hidden_TD, weight_VD, targets_T, temperature_T, entropy_gradient=entropy_gradient)
 
 
+def capped_logits(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), where there is a cap. Source: Gemma 2, section 2."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def naive_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature_T: Tensor, *, entropy_gradient: bool = False
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    temperature_T: Tensor,
+    *,
+    cap: float | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The formulas as they stand."""
     logits_TV = nn.functional.linear(hidden_TD, weight_VD, bias_V)
     precise = torch.promote_types(logits_TV.dtype, torch.float32)
-    logits_TV = logits_TV.to(precise) / temperature_T[:, None].to(precise)
+    logits_TV = capped_logits(logits_TV.to(precise), cap) / temperature_T[:, None].to(precise)
     logprobs_TV = logits_TV.log_softmax(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from learner import attention
-from learner.logprobs import head_logprobs
+from learner.logprobs import capped_logits, head_logprobs
 from learner.lora import add_adapters, merged_tensors, without_adapters
 from learner.optimizers import Trained
 from learner.packing import Block, MicroBatch
@@ -23,6 +23,9 @@ from learner.parallel import Group, SingleProcess
 from learner.settings import LoraSettings, Sharding
 from learner.sharding import is_sharded, shard, whole
 from protocol.errors import DataError
+
+PLAIN = frozenset({"llama", "mistral", "gemma", "phi", "phi3"})
+"""Families that do not list their layers' kinds: without a sliding window all of them attend to everything before."""
 
 
 class CausalModel:
@@ -49,11 +52,12 @@ class CausalModel:
         self.autocast = dtype == "bfloat16"
         try:
             self.network: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float64 if dtype == "float64" else torch.float32, attn_implementation="sdpa", local_files_only=True
+                directory, dtype=torch.float64 if dtype == "float64" else torch.float32, local_files_only=True
             )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"no causal language model can be read from {directory}: {error}") from error
         self.network.eval()
+        self._attention: str = self.network.config._attn_implementation  # eager where transformers has nothing else (caps of Gemma 2)
         self.head: nn.Linear = self.network.get_output_embeddings()
         self._check_head(directory)
         self.lora = lora
@@ -75,9 +79,14 @@ class CausalModel:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether the shared layout can run: all layers attend to everything before them."""
-        kinds = getattr(self.network.config.get_text_config(), "layer_types", None)
-        return kinds is not None and set(kinds) == {"full_attention"}
+        """Whether the shared layout can run: all layers attend to everything before them, by plain products and rotary positions."""
+        config = self.network.config.get_text_config()
+        if self._attention != "sdpa":
+            return False
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return config.model_type in PLAIN and getattr(config, "sliding_window", None) is None
+        return set(kinds) == {"full_attention"}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under their transformers names, tied weights once. Live tensors, no copies."""
@@ -122,7 +131,7 @@ class CausalModel:
         arguments: dict[str, Any] = {"input_ids": place(batch.input_ids), "use_cache": False}
         if batch.position_ids is not None:
             arguments["position_ids"] = place(batch.position_ids)
-        self.network.config._attn_implementation = "sdpa"
+        self.network.config._attn_implementation = self._attention
         if batch.blocks is not None:
             self.network.config._attn_implementation = attention.NAME
             arguments["block_plan"] = self._block_plan(batch.blocks, batch.input_ids.shape[1])
@@ -157,12 +166,12 @@ class CausalModel:
 
     @torch.no_grad()
     def _check_head(self, directory: Path) -> None:
-        """Some models scale or cap their logits after the head; find out by comparing one token instead of listing them."""
+        """A soft cap is known by its name. Whatever else a model does after its head shows in a comparison of one token."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.head.weight.device)
         found = self.network(input_ids=ids, use_cache=False).logits
-        expected = self.head(self.network.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-            raise DataError(f"{directory}: the model changes its logits after the head (scaling, soft cap), which is not supported")
+        expected = capped_logits(self.head(self.network.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state), soft_cap(self.network))
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise DataError(f"{directory}: the model changes its logits after the head (it scales them, say), which is not supported")
 
 
 class _Policy(nn.Module):
@@ -179,8 +188,16 @@ class _Policy(nn.Module):
         hidden_RLD = self.network.get_decoder()(**arguments).last_hidden_state
         hidden_TD = hidden_RLD.flatten(0, 1).index_select(0, hidden_T)
         head = self.network.get_output_embeddings()
-        found = head_logprobs(hidden_TD, head.weight, head.bias, targets_T, temperature_T, entropy_gradient=entropy_gradient)
+        found = head_logprobs(
+            hidden_TD, head.weight, head.bias, targets_T, temperature_T, cap=soft_cap(self.network), entropy_gradient=entropy_gradient
+        )
         return found[0].clone(), found[1].clone()  # FSDP hangs its hook on these, which a view would lose
+
+
+def soft_cap(network: Any) -> float | None:
+    """The bound that some models (Gemma 2) bend their logits under."""
+    cap: float | None = getattr(network.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
 
 
 def _layers(network: Any) -> list[nn.Module]:

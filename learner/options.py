@@ -28,7 +28,9 @@ def keyword_options(name: str, table: Mapping[str, str], given: Mapping[str, Any
         raise ValueError(str(error)) from None
     takes = [p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in takes}
-    model = create_model(f"{name} options", __config__=ConfigDict(extra="forbid"), __module__=function.__module__, **fields)
+    model = create_model(
+        f"{name} options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), __module__=function.__module__, **fields
+    )
     try:
         checked = model.model_validate(dict(given))
     except ValidationError as error:

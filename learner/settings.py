@@ -16,7 +16,13 @@ from protocol.registry import check_name
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def _refuse_idle(self, condition: str, *keys: str) -> None:
+        """Raise ValueError when one of the keys was changed although it means nothing under `condition`."""
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {getattr(self, key)} but {condition}: it would change nothing")
 
 
 class OptimizerSettings(_Settings):
@@ -66,6 +72,12 @@ class ScheduleSettings(_Settings):
     warmup_iterations: int = Field(default=0, ge=0, description="Iterations over which the rate rises linearly to its peak.")
     final_fraction: float = Field(default=0.0, ge=0, le=1, description="Share of the peak rate at the last iteration (cosine, linear).")
 
+    @model_validator(mode="after")
+    def _falls(self) -> ScheduleSettings:
+        if self.name == "constant":
+            self._refuse_idle("name is constant, so the rate never falls", "final_fraction")
+        return self
+
 
 class CorrectionSettings(_Settings):
     """The importance weight between the policy that sampled a token and the trainer's own; see `learner/correction.py`."""
@@ -86,6 +98,12 @@ class CorrectionSettings(_Settings):
     def _floor_below_cap(self) -> CorrectionSettings:
         if self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} must be below cap {self.cap}: mask keeps the weights between them")
+        if self.mode == "off":
+            self._refuse_idle("mode is off", "level", "cap", "floor", "auto_drift")
+        if self.mode != "mask":
+            self._refuse_idle(f"mode is {self.mode}, and only mask has a smallest weight", "floor")
+        if self.mode != "auto":
+            self._refuse_idle(f"mode is {self.mode}, and only auto waits for drift", "auto_drift")
         return self
 
 
@@ -101,6 +119,12 @@ class KLSettings(_Settings):
         default=None, description="Directory of the reference model; the model that training starts from if not given."
     )
 
+    @model_validator(mode="after")
+    def _used(self) -> KLSettings:
+        if self.coefficient == 0:
+            self._refuse_idle("coefficient is 0, so there is no penalty", "estimator", "reference")
+        return self
+
 
 class EntropySettings(_Settings):
     """A bonus for the entropy of the policy. Off by default."""
@@ -109,6 +133,12 @@ class EntropySettings(_Settings):
     adaptive: bool = Field(default=False, description="Move the coefficient so that entropy stays near the target (Skywork-OR1).")
     target: float = Field(default=0.2, ge=0, description="Mean entropy of a token in nats that adaptive holds.")
     delta: float = Field(default=0.0005, gt=0, description="By how much adaptive moves the coefficient in an iteration.")
+
+    @model_validator(mode="after")
+    def _used(self) -> EntropySettings:
+        if not self.adaptive:
+            self._refuse_idle("adaptive is off, so the coefficient stays", "target", "delta")
+        return self
 
 
 class CheckpointSettings(_Settings):
@@ -164,6 +194,9 @@ class LearnerSettings(_Settings):
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="The learning rate over the run.")
     lora: LoraSettings | None = Field(default=None, description="Train adapters only; the whole model if not given.")
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
+    max_bad_steps: int = Field(
+        default=5, ge=1, description="Batches in a row without an optimizer step, because nothing in them was finite, that end the run."
+    )
     updates_per_batch: int = Field(default=1, ge=1, description="Optimizer steps on each batch (mu).")
 
     advantage: str = Field(default="grpo", description="Name in ADVANTAGES, or your own 'package.module:function'.")

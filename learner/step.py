@@ -37,7 +37,7 @@ from learner.sharding import as_number, fill, forget_forward, whole
 from learner.sharing import SHARED_LONGEST, build_shared, plan_shared
 from learner.tally import Tally
 from protocol.canary import PROMPT_TOKENS, Canary, canary_ids
-from protocol.errors import DataError
+from protocol.errors import DataError, Diverged
 from protocol.intervals import phase
 
 log = logging.getLogger(__name__)
@@ -99,11 +99,13 @@ class Step:
         self._updater = Updater(trained, settings.optimizer, on_host=offload and device.type != "cpu")
         self._entropy_coefficient = settings.entropy.coefficient
         self._corrected = settings.correction.mode in ("truncate", "mask")
+        self._bad_steps = 0
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
         """Update the parameters on one batch, the same `samples` on every rank.
 
-        A batch without a token to train on, or whose gradient is not finite, takes no optimizer step.
+        A batch without a token to train on, or whose gradient is not finite, takes no optimizer step. Raises Diverged after
+        `max_bad_steps` in a row of which nothing was finite; the counts are the same on every rank.
         """
         rate = learning_rate(self.settings.optimizer.lr, self.settings.schedule, iteration, total_iterations)
         self._updater.set_rate(rate)
@@ -134,6 +136,7 @@ class Step:
             "corrected": float(self._corrected),
         }
         self._adapt(values)
+        self._count_bad(values, (*refused, *broken), iteration)
         return StepMetrics(values=values, skipped=(*refused, *broken), ratio_counts=tally.ratio_counts)
 
     @torch.no_grad()
@@ -361,6 +364,22 @@ class Step:
                     sample = weighted.samples[alone.batch.samples[0]]
                     found.append(_skip(sample, "its gradient is not finite, so the batch took no optimizer step"))
         return found
+
+    def _count_bad(self, values: Mapping[str, float], skipped: Sequence[Skipped], iteration: int) -> None:
+        """Batches in a row that took no step because something was not finite. A batch with nothing to learn is not one of them."""
+        if values["updates"]:
+            self._bad_steps = 0
+        elif values["skipped"] or values["updates_skipped"]:
+            self._bad_steps += 1
+        if self._bad_steps >= self.settings.max_bad_steps:
+            named = (
+                "; ".join(f"sample {one.group_id}/{one.index}: {one.reason}" for one in skipped[:3])
+                or "samples of other ranks, see their logs"
+            )
+            raise Diverged(
+                f"{self._bad_steps} batches in a row, to iteration {iteration}, had nothing finite to train on ({named}): the training has "
+                f"diverged (lower learner.optimizer.lr) or the rewards are not numbers; learner.max_bad_steps is {self.settings.max_bad_steps}"
+            )
 
     def _adapt(self, values: Mapping[str, float]) -> None:
         """What the next iteration does differently, from numbers that are the same on all ranks."""

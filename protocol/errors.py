@@ -43,6 +43,10 @@ class StalenessViolation(RlsysError):
     """A token outside the staleness bound reached the trainer. Always a bug; it ends the run."""
 
 
+class Diverged(UserError):
+    """Batch after batch held nothing finite to train on. It ends the run; the message names samples and what was not finite."""
+
+
 class InfrastructureFault(RlsysError):
     """Our machinery broke (a sandbox, an engine), so nothing is known about the sample. Never a reward of 0: retried, then `failed`."""
 

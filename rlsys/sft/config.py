@@ -17,7 +17,7 @@ from rlsys.config import ModelSettings, absolute, explain, read_content
 REINFORCEMENT_ONLY = (
     "advantage", "advantage_options", "objective", "objective_options", "correction", "kl", "entropy", "sft_coefficient",
     "updates_per_batch", "reward_weights", "overlong_penalty_tokens", "overlong", "zero_variance", "refill_rounds", "min_samples",
-    "step", "max_bad_steps",
+    "step", "step_options",
 )  # fmt: skip
 """Keys of the learner that mean nothing without rewards."""
 

@@ -18,7 +18,6 @@ from learner.checkpoint_files import latest_good, prune
 from learner.parallel import Group
 from learner.publisher import export_model
 from learner.step import Step
-from protocol.errors import RlsysError
 from rlsys.sft.config import SftConfig
 from rlsys.sft.examples import Encoder, Examples, batches, num_steps
 
@@ -27,7 +26,6 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 EVAL_SAMPLES = 256
 """Held-out samples of one pass: bounds memory."""
-MAX_BAD_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ def read_material(config: SftConfig) -> Material:
 def fine_tune(config: SftConfig, material: Material, out: Path, group: Group, report: Report, *, resume: bool = False) -> int:
     """Train, and write `out`/final_model on rank 0. Returns the number of steps. Collective.
 
-    Raises RlsysError when MAX_BAD_STEPS steps in a row had no finite gradient.
+    Raises Diverged when `learner.max_bad_steps` steps in a row had no finite gradient.
     """
     samples = material.train.samples
     total = num_steps(config, len(samples))
@@ -59,15 +57,9 @@ def fine_tune(config: SftConfig, material: Material, out: Path, group: Group, re
         done = checkpoint.load(found.path, step).iteration
     elif material.held_out:
         report(0, {"eval/loss": held_out_loss(step, material.held_out)})
-    bad = 0
     for n, places in enumerate(itertools.islice(batches(len(samples), config.samples_per_step, total, config.seed), done, None), done + 1):
         started = time.monotonic()
         values = step.train([samples[i] for i in places], n - 1, total).values
-        bad = 0 if values["updates"] else bad + 1
-        if bad >= MAX_BAD_STEPS:
-            raise RlsysError(
-                f"{bad} steps in a row, to step {n}, had no finite gradient: the training has diverged; lower learner.optimizer.lr"
-            )
         seconds = time.monotonic() - started
         report(n, {f"train/{name}": values.get(name, math.nan) for name in NAMES} | {"train/tokens_per_s": values["num_tokens"] / seconds})
         if material.held_out and (n == total or (config.eval_every and n % config.eval_every == 0)):

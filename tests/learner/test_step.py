@@ -15,7 +15,7 @@ from learner.objectives import TokenLoss, Tokens
 from learner.parallel import SingleProcess
 from learner.settings import LearnerSettings
 from learner.step import Step
-from protocol.errors import DataError
+from protocol.errors import DataError, Diverged
 from tests.learner.reference import Reference
 from tests.learner.samples import random_samples
 
@@ -197,6 +197,18 @@ def test_a_gradient_that_is_not_finite_takes_no_step_and_names_its_sample(model_
     assert metrics.values["updates"] == 0 and metrics.values["updates_skipped"] == 1 and "grad_norm" not in metrics.values
     assert all(torch.equal(before[name], tensor) for name, tensor in step.state_dict_for_publishing().items())
     assert step.train(random_samples(9), 1, 2).values["updates"] == 1
+
+
+def test_the_run_ends_after_so_many_batches_of_which_nothing_is_finite(model_dir: Path) -> None:
+    step = make_step(model_dir, objective="tests.learner.test_step:explosive", max_bad_steps=3)
+    good = random_samples(5)
+    bad = [dataclasses.replace(s, advantage=7.0) for s in good]
+    unknown = [dataclasses.replace(s, advantage=float("nan")) for s in good]
+    nothing = [dataclasses.replace(s, loss_mask=np.zeros_like(s.loss_mask)) for s in good]
+    for n, batch in enumerate([bad, unknown, good, bad, nothing, unknown]):
+        assert step.train(batch, n, 9).values["updates"] == (1 if batch is good else 0)
+    with pytest.raises(Diverged, match=r"3 batches in a row, to iteration 6, .*\(sample 100/0: advantage nan; .*max_bad_steps is 3"):
+        step.train(unknown, 6, 9)
 
 
 def test_bfloat16_stays_near_float64(model_dir: Path) -> None:

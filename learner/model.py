@@ -169,7 +169,9 @@ class CausalModel:
         """A soft cap is known by its name. Whatever else a model does after its head shows in a comparison of one token."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.head.weight.device)
         found = self.network(input_ids=ids, use_cache=False).logits
-        expected = capped_logits(self.head(self.network.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state), soft_cap(self.network))
+        expected = capped_logits(
+            self.head(self.network.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state), soft_cap(self.network)
+        )
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise DataError(f"{directory}: the model changes its logits after the head (it scales them, say), which is not supported")
 

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 _PDEATHSIG, _SUBREAPER = 1, 36
-_SEGMENTS = tuple(f"/dev/shm/{kind}" for kind in ("sglang_", "sgl_", "sem.", "psm_", "torch_", "nccl-", "cuda.shm."))
+_SEGMENTS = ("sglang_", "sgl_", "sem.", "psm_", "torch_", "nccl-", "cuda.shm.")
 _LOOK_S = 5.0
 _libc = ctypes.CDLL(None)
 
@@ -84,16 +84,26 @@ def end_all(group: int, grace_s: float, pump: object = None) -> None:
         time.sleep(0.01)
 
 
-def shared_memory(group: int) -> set[str]:
-    """Segments of /dev/shm that the group's processes have mapped and that are of the kinds a server makes for itself."""
+def shared_memory(group: int) -> set[int]:
+    """Inodes of what the group's processes have mapped from /dev/shm. (The name of a semaphore in /proc is that of a file that was renamed.)"""
     found = set()
     for pid in _members(group):
         try:
             lines = Path(f"/proc/{pid}/maps").read_text("utf-8", "replace").splitlines()
         except OSError:
             continue
-        found |= {path for line in lines if (path := line[73:].strip()).startswith(_SEGMENTS)}
+        found |= {int(line.split()[4]) for line in lines if "/dev/shm/" in line}
     return found
+
+
+def remove_segments(inodes: set[int]) -> None:
+    """Remove those of the kinds that a server makes for itself; published weights, which it maps too, are not among them."""
+    for path in Path("/dev/shm").iterdir():
+        try:
+            if path.name.startswith(_SEGMENTS) and path.stat().st_ino in inodes:
+                path.unlink()
+        except OSError:
+            continue
 
 
 def _processes() -> list[int]:
@@ -173,7 +183,7 @@ def main(arguments: list[str]) -> int:
 
     ended = os.pidfd_open(server.pid)
     watched = [pipe, output, ended]
-    segments: set[str] = set()
+    segments: set[int] = set()
     look_s = 0.0
     while not told:
         ready = select.select(watched, [], [], 1.0)[0]
@@ -191,8 +201,7 @@ def main(arguments: list[str]) -> int:
     segments |= shared_memory(server.pid)
     end_all(server.pid, grace_s, pump)
     pump()
-    for path in segments:
-        Path(path).unlink(missing_ok=True)
+    remove_segments(segments)
     code = _codes.get(server.pid, 1)
     return code if code >= 0 else 128 - code
 

@@ -199,8 +199,12 @@ class Guarded:
         os.close(reader)
 
     def pids(self) -> list[int]:
-        wait_until(lambda: self.log.exists() and "ready" in self.log.read_text(), "the program runs")
-        return [int(word) for word in self.log.read_text().split()[1:3]]
+        return [int(word) for word in self.said()[:2]]
+
+    def said(self) -> list[str]:
+        """The words after "ready", once the program runs."""
+        wait_until(lambda: self.log.exists() and self.log.read_text().endswith("\n"), "the program runs")
+        return self.log.read_text().split()[1:]
 
 
 def gone(pids: list[int]) -> bool:
@@ -219,6 +223,32 @@ def test_nothing_of_a_server_outlives_its_guard(tmp_path: Path, how: str) -> Non
     assert gone(pids) and code == 128 + signal.SIGKILL
     if how != "the pipe closes":
         os.close(guarded.pipe)
+
+
+def test_what_a_server_left_in_shared_memory_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """A semaphore and a segment of a killed server go; a file of published weights that it had mapped stays."""
+    weights = Path(f"/dev/shm/rlsys-test-{os.getpid()}")
+    weights.write_bytes(b"x" * 4096)
+    program = f"""
+import mmap, os, signal, sys, time
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+resource_tracker.register = lambda *_: None
+semaphore, segment = get_context("spawn").Semaphore(), SharedMemory(create=True, size=4096)
+weights = mmap.mmap(os.open({str(weights)!r}, os.O_RDWR), 4096)
+print("ready", os.getpid(), semaphore._semlock.name.lstrip("/"), segment.name.lstrip("/"), flush=True)
+time.sleep(600)
+"""
+    guarded = Guarded(tmp_path / "log", program)
+    try:
+        pid, semaphore, segment = guarded.said()
+        made = [Path(f"/dev/shm/sem.{semaphore}"), Path(f"/dev/shm/{segment}")]
+        assert all(path.exists() for path in made)
+        os.close(guarded.pipe)
+        guarded.process.wait(20)
+        assert gone([int(pid)]) and not any(path.exists() for path in made) and weights.exists()
+    finally:
+        weights.unlink()
 
 
 def test_a_killed_guard_takes_the_first_process_with_it(tmp_path: Path) -> None:

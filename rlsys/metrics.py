@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 SECTIONS = (
-    ("1_learning", ("reward", "eval", "train")),
-    ("2_data", ("data", "length")),
-    ("3_staleness", ("staleness",)),
-    ("4_throughput", ("throughput", "queues")),
-    ("5_idle", ("idle", "busy")),
-    ("6_sandbox", ("sandbox", "verdict")),
-    ("7_engine", ("engine", "weights")),
-    ("8_processes", ("memory", "cpu")),
+    ("1_learning", ("reward", "eval")),
+    ("2_optimisation", ("train",)),
+    ("3_data", ("data",)),
+    ("4_staleness", ("staleness",)),
+    ("5_throughput", ("throughput", "queues")),
+    ("6_idle", ("idle", "busy")),
+    ("7_sandbox", ("sandbox", "verdict")),
+    ("8_engine", ("engine", "weights")),
+    ("9_processes", ("memory", "cpu")),
 )
 """Section -> what its metrics' names begin with."""
-OTHER = "9_more"
+OTHER = "z_more"
 
 _SECTION_OF = {prefix: section for section, prefixes in SECTIONS for prefix in prefixes}
 
 BEST_CURVES = (
     (
         "1 learning",
+        (("Reward and pass@1", ("reward/mean", "reward/pass_rate", "eval/pass_at_1")),),
+    ),
+    (
+        "2 optimisation",
         (
-            ("Reward and pass@1", ("reward/mean", "reward/pass_rate", "eval/pass_at_1")),
             ("Entropy", ("train/entropy",)),
             ("Ratio", ("train/ratio_mean", "train/ratio_max", "train/ratio_min")),
             ("Gradient norm", ("train/grad_norm",)),
@@ -29,7 +33,7 @@ BEST_CURVES = (
         ),
     ),
     (
-        "2 data",
+        "3 data",
         (
             ("Completion length (tokens)", ("data/completion_tokens_mean", "data/completion_tokens_max")),
             ("Truncated share", ("data/truncated_share",)),
@@ -39,15 +43,15 @@ BEST_CURVES = (
             ),
         ),
     ),
-    ("3 staleness", (("Staleness (versions)", ("staleness/mean", "staleness/max")),)),
+    ("4 staleness", (("Staleness (versions)", ("staleness/mean", "staleness/max")),)),
     (
-        "4 throughput",
+        "5 throughput",
         (
             ("Tokens per second", ("throughput/sampled_tokens_per_s", "throughput/trained_tokens_per_s")),
             ("Samples that wait", ("queues/samples_waiting", "queues/completions_unscored", "queues/completions_unacknowledged")),
         ),
     ),
-    ("5 idle", (("Idle share", ("idle/generator", "idle/rewarder", "idle/learner")),)),
+    ("6 idle", (("Idle share", ("idle/generator", "idle/rewarder", "idle/learner")),)),
 )
 """Pages of TensorBoard's custom scalars: (category, ((chart, names), ...))."""
 

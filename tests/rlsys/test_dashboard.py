@@ -77,7 +77,7 @@ def test_what_is_observed_can_be_read_back(ring: Ring, tmp_path: Path) -> None:
     scalars = {tag: [(s.step, s.value) for s in _scalars(board, tag)] for tag in board.Tags()["tensors"] if tag[0].isdigit()}
     assert scalars["1_learning/reward/mean"] == [(0, 0.25), (1, 0.75), (2, 1.0)], "the learner's numbers alone"
     assert scalars["1_learning/eval/pass_at_1"] == [(2, 0.5)]
-    assert scalars["5_idle/idle/generator"] == [(0, 0.25)]
+    assert scalars["6_idle/idle/generator"] == [(0, 0.25)]
 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["iteration"], r["reward/mean"], r["time_s"]) for r in read_iterations(tmp_path)] == [

@@ -83,8 +83,8 @@ def test_what_tensorboard_reads_back(run: LoggedRun) -> None:
     board = EventAccumulator(str(run.run_dir / "tensorboard"), size_guidance={"tensors": 0})
     board.Reload()
     assert [float(make_ndarray(e.tensor_proto)) for e in board.Tensors("1_learning/reward/mean")] == [0.0, 0.5, 1.0]
-    assert [e.wall_time for e in board.Tensors("8_processes/memory/learner_0")] == [0.0, 1.0, 2.0]
-    np.testing.assert_array_equal(make_ndarray(board.Tensors("1_learning/train/ratios")[2].tensor_proto), [[0, 1, 2], [1, 2, 4]])
+    assert [e.wall_time for e in board.Tensors("9_processes/memory/learner_0")] == [0.0, 1.0, 2.0]
+    np.testing.assert_array_equal(make_ndarray(board.Tensors("2_optimisation/train/ratios")[2].tensor_proto), [[0, 1, 2], [1, 2, 4]])
     assert make_ndarray(board.Tensors("samples/0")[1].tensor_proto)[0] == b"text 1"
 
 
@@ -104,7 +104,7 @@ def test_a_logger_that_breaks_is_reported_and_left_out(ring: Ring, tmp_path: Pat
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
     board.Reload()
     assert [e.step for e in board.Tensors("1_learning/reward/mean")] == [0, 1, 2], "the others go on"
-    assert [e.step for e in board.Tensors("1_learning/train/ratios")] == [2]
+    assert [e.step for e in board.Tensors("2_optimisation/train/ratios")] == [2]
 
 
 def test_parameters_are_flat(run: LoggedRun) -> None:
@@ -112,7 +112,7 @@ def test_parameters_are_flat(run: LoggedRun) -> None:
 
 
 def test_names_of_a_metric() -> None:
-    assert (section("verdict/wrong"), section("nobody/knows")) == ("6_sandbox", "9_more")
+    assert (section("verdict/wrong"), section("nobody/knows")) == ("7_sandbox", "z_more")
     assert tag("reward/mean") == "1_learning/reward/mean"
     assert exposed("idle/generator_tasks") == "rlsys_idle_generator_tasks"
 

@@ -56,10 +56,10 @@ def test_names_of_a_run(config: dict[str, Any], start: Callable[..., Run]) -> No
     assert of["scalars"] == {tag(name) for name in names}
     assert {tag(name) for name in always} <= of["scalars"], "every documented scalar is there"
     assert of["histograms"] == {tag(name) for name in drawn}
-    assert {t.partition("/")[0] for t in of["scalars"]} == {section for section, _ in SECTIONS} - {"9_more"}
+    assert {t.partition("/")[0] for t in of["scalars"]} == {section for section, _ in SECTIONS} - {"z_more"}
     assert [event.step for event in board.Tensors("1_learning/reward/mean")] == [0, 1]
     assert [event.step for event in board.Tensors("1_learning/eval/pass_at_1")] == [0, 2]
-    lengths = make_ndarray(board.Tensors("2_data/data/completion_lengths")[0].tensor_proto)
+    lengths = make_ndarray(board.Tensors("3_data/data/completion_lengths")[0].tensor_proto)
     assert lengths[:, 2].sum() == 16, "every sample of the iteration has a place"
     assert of["text"] == {f"samples/{i}" for i in range(3)}
     text = make_ndarray(board.Tensors("samples/0")[0].tensor_proto)[0].decode()

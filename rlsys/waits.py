@@ -120,10 +120,10 @@ class Explanation:
 
     def lines(self) -> list[str]:
         """For people: the blamed, then every edge, then the rest."""
-        guilty = [f"to blame     {b.what}" for b in self.guilty]
+        guilty = [f"to blame     {b.what}" for b in self.guilty] or ["to blame     nobody"]
         circle = [f"circle       {' waits for '.join((*self.circle, self.circle[0]))}"] if self.circle else []
         waits = [f"waits        {w.sentence}" for w in self.waits]
-        return [*guilty, *circle, *waits, *(f"works        {text}" for text in self.working)] or ["nothing is known of any process yet"]
+        return [*guilty, *circle, *waits, *(f"works        {text}" for text in self.working)]
 
     def data(self) -> dict[str, Any]:
         """For machines."""

@@ -95,7 +95,7 @@ def settings(schedule: str) -> ScheduleSettings:
 def in_units(figures: Figures, unit: int) -> Figures:
     """The same profile with tokens counted in units: every time stays as it is, up to the rounding of a length."""
     lengths, sampling = figures.lengths, figures.sampling
-    if lengths.file is not None:
+    if lengths.mean is None:
         return figures
     return figures.model_copy(
         update={

@@ -10,6 +10,7 @@ import math
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,7 +20,7 @@ _NORMAL = NormalDist()
 
 
 class LengthOptions(BaseModel):
-    """Tokens of a completion. Give `mean`, `sigma` and `cap`, or `file`."""
+    """Tokens of a completion. Give `mean`, `sigma` and `cap`, or `file`, or `values`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -27,13 +28,14 @@ class LengthOptions(BaseModel):
     sigma: float = Field(0.9, ge=0, description="standard deviation of the logarithm before the cap; 0 makes all alike")
     cap: int | None = Field(None, ge=1, description="longest; as a rule sampling.max_tokens")
     file: Path | None = Field(None, description="recorded lengths instead: a JSON list, or one whole number a line")
+    values: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(None, min_length=1, description="recorded lengths, written out")
     straggler_share: float = Field(0.0, ge=0, lt=1, description="share of samples that are stragglers")
     straggler_tokens: int | None = Field(None, ge=1, description="tokens of a straggler; the cap does not cut it")
 
     @model_validator(mode="after")
     def _one_source(self) -> LengthOptions:
-        if (self.mean is None) == (self.file is None):
-            raise ValueError("give either mean (with sigma and cap) or file")
+        if [self.mean, self.file, self.values].count(None) != 2:
+            raise ValueError("give either mean (with sigma and cap), file or values")
         if self.mean is not None and self.cap is not None and self.mean >= self.cap and not (self.sigma == 0 and self.mean == self.cap):
             raise ValueError(f"mean {self.mean:g} must lie below cap {self.cap}: it is the mean after the cap")
         if (self.straggler_share > 0) != (self.straggler_tokens is not None):
@@ -46,7 +48,7 @@ class Lengths:
 
     def __init__(self, options: LengthOptions) -> None:
         self.options = options
-        self._recorded = sorted(_read(options.file)) if options.file is not None else []
+        self._recorded = sorted(_read(options.file) if options.file is not None else options.values or ())
         self._mu = 0.0
         if options.mean is not None:
             self._mu = location(options.mean, options.sigma, options.cap)

@@ -109,9 +109,7 @@ def from_simulated(config: RunConfig) -> Figures:
     sampling: dict[str, Any] = engine.model_dump(exclude={"lengths", "recompute_cache", "speed", "device_shares"})
     lengths = engine.lengths
     if lengths.cap is None or lengths.cap > config.sampling.max_tokens:
-        lengths = (
-            lengths if lengths.file is not None or lengths.mean is None else lengths.model_copy(update={"cap": config.sampling.max_tokens})
-        )
+        lengths = lengths if lengths.mean is None else lengths.model_copy(update={"cap": config.sampling.max_tokens})
     return Figures(
         name=config.name,
         devices=config.generators.count + round(step.devices * config.learner.ranks),

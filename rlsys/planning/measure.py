@@ -112,8 +112,6 @@ def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
         f"{time.monotonic() - started:5.1f} s  trained at {1 / per_token_s:,.0f} tokens/s; {trained_share:.0%} of the tokens have an advantage"
     )
     lengths = sorted(len(d.sampled.token_ids) for d in drawn)
-    file = Path(tempfile.mkdtemp(prefix="rlsys-plan-")) / "lengths.json"
-    file.write_text(str(lengths))
     prompts = [len(d.prompt_ids) for d in drawn]
     return Figures.model_validate(
         {
@@ -122,7 +120,7 @@ def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
             "groups_per_iteration": config.sampling.groups_per_iteration,
             "group_size": config.sampling.group_size,
             "prompt_tokens": float(np.mean(prompts)),
-            "lengths": {"file": str(file)},
+            "lengths": {"values": lengths},
             "sampling": {
                 "tokens_per_s_sample": 1 / (rates.fixed_s + rates.each_s),
                 "tokens_per_s": 1 / rates.each_s,

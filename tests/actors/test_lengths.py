@@ -52,6 +52,8 @@ def test_recorded_lengths_are_drawn_alike(text: str, tmp_path: Path) -> None:
     counts = np.unique(drawn(lengths, 3000), return_counts=True)
     assert list(counts[0]) == [3, 5, 9] and min(counts[1]) > 900
     assert lengths.mean == pytest.approx(17 / 3)
+    written_out = Lengths(LengthOptions(values=(9, 3, 5)))
+    assert drawn(written_out, 100) == drawn(lengths, 100)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1, 0]", "[1.5]", "a\nb", '["a"]', "[true]"])
@@ -66,6 +68,8 @@ def test_a_file_without_lengths_is_refused(text: str, tmp_path: Path) -> None:
     [
         ({}, "either mean"),
         ({"mean": 5, "file": "x"}, "either mean"),
+        ({"values": [5], "file": "x"}, "either mean"),
+        ({"values": []}, "at least 1"),
         ({"mean": 500, "cap": 500}, "below cap"),
         ({"mean": 5, "straggler_share": 0.1}, "belong together"),
     ],

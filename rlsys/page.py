@@ -60,7 +60,7 @@ h2{font-size:18px;margin:38px 0 4px}.lead{color:var(--soft);margin:2px 0 12px;ma
 .done{color:var(--good)}.failed,.dead{color:var(--bad)}.running{color:var(--c1)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(124px,1fr));gap:12px;margin:22px 0 0;padding:0;list-style:none}
 .tiles li{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.tiles b{display:block;font-size:19px;font-weight:600;white-space:nowrap;letter-spacing:-.01em}.tiles span{color:var(--soft);font-size:13px}
+.tiles b{display:block;font-size:17px;font-weight:600;white-space:nowrap;letter-spacing:-.01em}.tiles span{color:var(--soft);font-size:13px}
 .grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:14px}
 figure,.card{margin:0 0 14px;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;overflow-x:auto}
 figcaption{font-weight:600;margin-bottom:6px}svg{display:block;width:100%;height:auto}

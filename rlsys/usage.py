@@ -101,8 +101,10 @@ def usage(rows: Iterable[Row], start_s: float, end_s: float) -> Usage:
 
 
 def device_usage(tracks: Sequence[Sequence[Row]], start_s: float, end_s: float) -> Usage:
-    """Of several tracks that share a device: it is busy while any of them is; idle time is shared evenly among what they wait for."""
-    busy = union((max(r.start_s, start_s), min(r.end_s, end_s)) for rows in tracks for r in rows if not is_waiting(r.name))
+    """Of several tracks that share a device: it is busy while any of them is, starting up aside; idle time is shared evenly among what they
+    are at meanwhile."""
+    at_work = [r for rows in tracks for r in rows if not is_waiting(r.name) and r.name != "starting"]
+    busy = union((max(r.start_s, start_s), min(r.end_s, end_s)) for r in at_work)
     work: dict[str, float] = defaultdict(float)
     for rows in tracks:
         for name, seconds in usage(rows, start_s, end_s).work_s.items():

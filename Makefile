@@ -22,7 +22,7 @@ help:
 
 $(READY): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "rlsys needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0])'
-	@echo "setting up $(VENV): about 1.5 GB, once"
+	@echo "setting up $(VENV): about 1.7 GB, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[dev]"
 	@touch $@

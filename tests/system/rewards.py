@@ -53,3 +53,12 @@ class HangingReward(LengthReward):
     def score(self, sample: Sample) -> Score:
         wait_for_file(self._options["file"])
         return super().score(sample)
+
+
+class HoldingReward(LengthReward):
+    """The samples of some problems wait for a file; all others are scored at once."""
+
+    def score(self, sample: Sample) -> Score:
+        if sample.problem["id"] in self._options["problems"]:
+            wait_for_file(self._options["file"])
+        return super().score(sample)

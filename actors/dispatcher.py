@@ -25,21 +25,21 @@ import numpy as np
 
 from actors.allotment import Allotment
 from actors.custody import Custody
-from actors.dataset import Order, Problem, read_problems
+from actors.dataset import Problem, read_problems
 from actors.pacing import Pacer, PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
+from actors.stages import Drawn, Prepared, Prompts, StagePlan
 from actors.text import Text, stop_token_ids
 from protocol.channels import Link
 from protocol.credits import Outgoing
 from protocol.errors import DataError
-from protocol.ledger import Issue, Ledger, Writer
+from protocol.ledger import Issue, Ledger, Stage, Writer
 from protocol.messages import (
     Credit,
     GroupOutcome,
     GroupTask,
     Hello,
     Holdings,
-    Int32Array,
     Inventory,
     Journaled,
     Message,
@@ -64,6 +64,7 @@ class DispatcherJob:
     iterations: int
     pacing: PacingRule
     max_requeues: int
+    stages: tuple[StagePlan, ...]
     model_dir: Path
     max_context: int
     data: DataSettings
@@ -76,26 +77,6 @@ def sample_seed(run_seed: int, group_id: int, index: int) -> int:
     """63 bits from (run seed, group, index), without the attempt, so that a sample drawn again is the same draw."""
     digest = hashlib.blake2b(f"{run_seed}/{group_id}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A problem with its prompt ids."""
-
-    problem: Problem
-    prompt_ids: Int32Array
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """The prompt of a group, and how many groups of it were given up before this one."""
-
-    prepared: Prepared
-    requeues: int = 0
-
-
-GIVEN_BACK = ("dropped", "rejected", "superseded")
-"""States of a group whose prompt is queued again: it was given up for its length or age, which says nothing against the prompt."""
 
 
 def prepare(problems: list[Problem], text: Text, data: DataSettings, longest: int) -> tuple[list[Prepared], list[Problem]]:
@@ -120,20 +101,14 @@ class Dispatcher:
         self._stop_ids = np.array(
             stop_token_ids(job.model_dir) if job.sampling.stop_token_ids is None else job.sampling.stop_token_ids, np.int32
         )
-        longest = job.max_context - job.sampling.max_tokens
-        if job.sampling.max_prompt_tokens is not None:
-            longest = min(longest, job.sampling.max_prompt_tokens)
-        self._train, self.skipped = prepare(read_problems(job.data.train), text, job.data, longest)
-        if not self._train:
-            raise DataError(f"{job.data.train}: every prompt is longer than {longest} tokens, so nothing can be trained on")
+        self.skipped: list[Problem] = []
+        prompts = [self._read(text, plan.train, self._longest(plan.max_tokens), needed=True) for plan in job.stages]
         self._eval: list[Prepared] = []
         if job.data.eval is not None:
-            self._eval, skipped = prepare(read_problems(job.data.eval, job.evaluation.problems), text, job.data, longest)
-            self.skipped += skipped
-        self._order = Order(len(self._train), job.seed, job.data.shuffle)
-        self._next_group = self._fresh = 0
-        self._drawn: dict[int, Drawn] = {}
-        self._returned: deque[Drawn] = deque()
+            longest = self._longest(max(plan.max_tokens for plan in job.stages))
+            self._eval = self._read(text, job.data.eval, longest, job.evaluation.problems)
+        self.prompts = Prompts(job.stages, prompts, seed=job.seed, shuffle=job.data.shuffle, max_requeues=job.max_requeues)
+        self._next_group = 0
         self._eval_queue: deque[GroupTask] = deque()
         self._eval_rounds: dict[int, list[GroupOutcome]] = {}
         self._eval_sizes: dict[int, int] = {}
@@ -141,6 +116,19 @@ class Dispatcher:
         """Groups that were issued and have no terminal state."""
         self._again: deque[GroupTask] = deque()
         self.groups_issued = self.groups_ended = 0
+
+    def _longest(self, max_tokens: int) -> int:
+        """Tokens that the context leaves for a prompt."""
+        longest, limit = self._job.max_context - max_tokens, self._job.sampling.max_prompt_tokens
+        return longest if limit is None else min(longest, limit)
+
+    def _read(self, text: Text, path: Path, longest: int, limit: int | None = None, *, needed: bool = False) -> list[Prepared]:
+        fits, skipped = prepare(read_problems(path, limit), text, self._job.data, longest)
+        if needed and not fits:
+            raise DataError(f"{path}: every prompt is longer than {longest} tokens, so nothing can be trained on")
+        known = {problem.problem_id for problem in self.skipped}
+        self.skipped += [problem for problem in skipped if problem.problem_id not in known]
+        return fits
 
     # ------------------------------------------------------------------------------------------------ issuing
 
@@ -153,9 +141,10 @@ class Dispatcher:
         if self._eval_queue:
             return self._eval_queue[0]
         iteration = self.pacer.next_iteration()
-        if iteration is None:
+        if iteration is None or not self.prompts.knows_all(iteration, self.pacer.published, self.pacer.taken):
             return None
-        return self._train_task(self._next_prompt().prepared, self._next_group, iteration)
+        drawn = self.prompts.next(iteration, self.pacer.rule.max_staleness)
+        return self._train_task(drawn, self._next_group, iteration)
 
     @property
     def room(self) -> int:
@@ -172,21 +161,13 @@ class Dispatcher:
         if task.purpose == "eval":
             self._eval_queue.popleft()
         else:
-            self._drawn[task.group_id] = self._next_prompt()
-            if self._returned:
-                self._returned.popleft()
-            else:
-                self._fresh += 1
+            self.prompts.take(task.group_id, self.prompts.next(task.iteration, self.pacer.rule.max_staleness))
             self._next_group += 1
             self.pacer.issue()
 
-    def _next_prompt(self) -> Drawn:
-        """Prompts that were given back come first, then the next of the order."""
-        return self._returned[0] if self._returned else Drawn(self._train[self._order[self._fresh]])
-
     def requeues(self, task: GroupTask) -> int:
         """How many groups of the task's prompt were given up before."""
-        drawn = self._drawn.get(task.group_id)
+        drawn = self.prompts.of(task.group_id)
         return drawn.requeues if drawn else 0
 
     def issue_again(self, lost: Mapping[int, Iterable[int]], attempts: Mapping[int, int]) -> int:
@@ -201,10 +182,11 @@ class Dispatcher:
             )
         return count
 
-    def _train_task(self, prepared: Prepared, group_id: int, iteration: int) -> GroupTask:
-        sampling = self._job.sampling
-        version = self.pacer.rule.min_version(iteration)
-        return self._task(prepared, group_id, iteration, "train", version, sampling.group_size, sampling.temperature, sampling.top_p)
+    def _train_task(self, drawn: Drawn, group_id: int, iteration: int) -> GroupTask:
+        sampling, stage = self._job.sampling, self._job.stages[drawn.stage]
+        version, size = self.pacer.rule.min_version(iteration), sampling.group_size
+        task = self._task(drawn.prepared, group_id, iteration, "train", version, size, stage.temperature, sampling.top_p)
+        return replace(task, max_tokens=stage.max_tokens, stage=drawn.stage)
 
     def _eval_task(self, version: int, place: int) -> GroupTask:
         evaluation, group_id = self._job.evaluation, FIRST_EVAL_GROUP + version * EVAL_ROUND + place
@@ -229,15 +211,20 @@ class Dispatcher:
             temperature=temperature,
             top_p=top_p,
             top_k=sampling.top_k if purpose == "train" else 0,
-            max_tokens=sampling.max_tokens,
+            max_tokens=max(plan.max_tokens for plan in self._job.stages),
             stop_token_ids=self._stop_ids,
             payload=prepared.problem.payload,
         )
 
     # ------------------------------------------------------------------------------------------------ news
 
-    def on_version(self, number: int, groups_taken: int) -> None:
-        """A version was published: it opens an iteration, and may be due for evaluation. One that was missed is made up for."""
+    def on_version(self, number: int, groups_taken: int, stage_starts: Sequence[int] = (0,)) -> None:
+        """A version was published: it opens an iteration, may decide about the next stage, and may be due for evaluation.
+
+        One that was missed is made up for.
+        """
+        if len(stage_starts) > len(self.prompts.starts):
+            self.prompts.starts = list(stage_starts)
         for missed in range(self.pacer.published + 1, number):
             self._open(missed)
         if number > self.pacer.published:
@@ -254,12 +241,16 @@ class Dispatcher:
             self._eval_rounds[number] = []
             self._eval_queue.extend(self._eval_task(number, i) for i in range(len(self._eval)))
 
-    def restore(self, issues: Sequence[Issue], outcomes: Iterable[GroupOutcome], published: int) -> list[dict[str, Any]]:
+    def restore(
+        self, issues: Sequence[Issue], outcomes: Iterable[GroupOutcome], published: int, stages: Iterable[Stage] = ()
+    ) -> list[dict[str, Any]]:
         """Be where an earlier dispatcher of the run was, from the issue log and the terminal states. Call it on a new object.
 
         Groups without a terminal state are outstanding again. Returns the results of the evaluation rounds that were complete.
         """
-        problems = {p.problem.problem_id: p for p in self._train}
+        ended = list(outcomes)
+        first = [issue for issue in issues if issue.purpose == "train" and not issue.attempt]
+        self.prompts.restore(first, stages)
         rounds: dict[int, set[int]] = {}
         for issue in issues:
             if issue.attempt:
@@ -268,24 +259,18 @@ class Dispatcher:
                 self.outstanding[issue.group_id] = self._eval_task(issue.iteration, issue.group_id % EVAL_ROUND)
                 rounds.setdefault(issue.iteration, set()).add(issue.group_id % EVAL_ROUND)
             else:
-                drawn = Drawn(problems[issue.problem_id], issue.requeues)
-                self._drawn[issue.group_id] = drawn
-                self.outstanding[issue.group_id] = self._train_task(drawn.prepared, issue.group_id, issue.iteration)
+                drawn = self.prompts.of(issue.group_id)
+                if drawn is None:
+                    raise ValueError(f"group {issue.group_id} has no prompt")
+                self.outstanding[issue.group_id] = self._train_task(drawn, issue.group_id, issue.iteration)
                 self._next_group = max(self._next_group, issue.group_id + 1)
-                self._fresh += not issue.requeues
                 self.pacer.issue()
             self.groups_issued += 1
         for version, known in rounds.items():
             self._eval_sizes[version], self._eval_rounds[version] = len(self._eval), []
             self._eval_queue.extend(self._eval_task(version, i) for i in range(len(self._eval)) if i not in known)
-        ended = list(outcomes)
         results = [result for result in map(self.on_outcome, ended) if result]
-        again = [(issue.problem_id, issue.requeues) for issue in issues if issue.requeues and not issue.attempt]
-        for drawn in list(self._returned):
-            what = (drawn.prepared.problem.problem_id, drawn.requeues)
-            if what in again:
-                again.remove(what)
-                self._returned.remove(drawn)
+        self.prompts.settle()
         self.on_version(published, sum(o.in_batch for o in ended if o.purpose == "train"))
         return results
 
@@ -302,11 +287,9 @@ class Dispatcher:
         return evaluate(outcomes) if len(outcomes) == self._eval_sizes[outcome.iteration] else None
 
     def _on_training_outcome(self, outcome: GroupOutcome) -> None:
-        drawn = self._drawn.pop(outcome.group_id)
         if not outcome.in_batch:
             self.pacer.give_up()
-        if outcome.state in GIVEN_BACK and drawn.requeues < self._job.max_requeues:
-            self._returned.append(Drawn(drawn.prepared, drawn.requeues + 1))
+        self.prompts.end(outcome)
 
     @property
     def done(self) -> bool:
@@ -354,6 +337,7 @@ class DispatcherProcess:
         self._given: dict[int, str] = {}
         """Group -> the generator that has it, until the group ends."""
         self._custody = Custody()
+        self._job = job
         self._dispatcher = Dispatcher(job)
         spec = node.spec
         self._ledger = Ledger(job.ledger, Writer(spec.role, spec.index, spec.start))
@@ -370,7 +354,7 @@ class DispatcherProcess:
         """Whether an earlier dispatcher of this run has issued anything; then this one is where that was, but for who holds what."""
         issues = self._ledger.issues()
         published = max((number for number, _ in self._ledger.versions()), default=-1)
-        for result in self._dispatcher.restore(issues, self._ledger.outcomes(), published):
+        for result in self._dispatcher.restore(issues, self._ledger.outcomes(), published, self._ledger.stages()):
             self._node.event("eval", **result)
         for issue in issues:
             task = self._dispatcher.outstanding.get(issue.group_id)
@@ -430,7 +414,7 @@ class DispatcherProcess:
     def _on_news(self, message: Message) -> None:
         if isinstance(message, WeightsReady):
             self._allotment.published(message.number, time.monotonic())
-            self._dispatcher.on_version(message.number, message.groups_taken)
+            self._dispatcher.on_version(message.number, message.groups_taken, message.stage_starts)
         elif isinstance(message, Hello):
             self._learner_heard = True
             self._custody.journaled(message.holds.tolist())
@@ -501,6 +485,7 @@ class DispatcherProcess:
             self._given[task.group_id] = peer
             self._custody.issued(task.group_id, task.attempt, task.indices.tolist(), peer)
             chosen.append((peer, task))
+        self._tell_stages()
         now = time.time()
         self._ledger.issued(
             Issue(
@@ -511,6 +496,7 @@ class DispatcherProcess:
                 problem_id=task.problem_id,
                 generator=peer,
                 issued_s=now,
+                stage=task.stage,
                 requeues=self._dispatcher.requeues(task),
             )
             for peer, task in chosen
@@ -520,6 +506,18 @@ class DispatcherProcess:
             if task.purpose == "train" and not self._training:
                 self._training = True
                 self._node.event("training started")
+
+    def _tell_stages(self) -> None:
+        """A stage that began goes to the ledger, the log and the dashboard."""
+        entered = self._dispatcher.prompts.entered
+        while entered:
+            stage = entered.popleft()
+            self._ledger.stage(stage.stage, stage.name, stage.iteration, stage.problems, stage.of, stage.kept)
+            if not stage.problems:
+                log.warning("stage %s: its filters leave no problem, so it has all %d of its data set", stage.name, stage.of)
+            if len(self._job.stages) > 1:
+                values = {"stage": stage.stage, "name": stage.name, "iteration": stage.iteration}
+                self._node.event("stage", **values, problems=stage.problems or stage.of, of=stage.of)
 
     def _facts(self) -> dict[str, Any]:
         """For `rlsys why`: the newest version, what the next group needs, and who was given the oldest groups that have not ended."""

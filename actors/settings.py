@@ -177,3 +177,56 @@ class ScheduleSettings(Settings):
                 "for the next one; choose drop, or one_off or bounded"
             )
         return self
+
+
+class StageEndSettings(Settings):
+    """When a stage ends: at whichever of these comes first."""
+
+    iteration: Positive | None = Field(None, description="the next stage begins with this iteration, counted from the start of the run")
+    reward: float | None = Field(None, description="once the mean score over the last `over` iterations is at least this")
+    truncated: float | None = Field(
+        None, gt=0.0, le=1.0, description="once at least this share of the completions of the last `over` iterations was cut off"
+    )
+    over: Positive | None = Field(None, description="of reward and truncated: over how many iterations; default 10")
+
+    @model_validator(mode="after")
+    def _ends(self) -> StageEndSettings:
+        if self.iteration is None and self.reward is None and self.truncated is None:
+            raise ValueError("has no end: give iteration, reward or truncated")
+        if self.over is not None and self.reward is None and self.truncated is None:
+            raise ValueError(f"over is {self.over}, which means nothing without reward or truncated")
+        return self
+
+
+class SolvedSettings(Settings):
+    """Problems that at most `times` of their newest `of` samples solved."""
+
+    times: Annotated[int, Field(ge=0, strict=True)] = Field(description="most samples that solved the problem")
+    of: Positive = Field(description="of so many of its newest samples")
+
+    @model_validator(mode="after")
+    def _a_share(self) -> SolvedSettings:
+        if self.times >= self.of:
+            raise ValueError(f"times {self.times} of {self.of} leaves out nothing: times must be smaller")
+        return self
+
+
+class StageFilterSettings(Settings):
+    """Which problems of a stage's data set are left out. Problems that were never sampled stay."""
+
+    drop_solved: bool = Field(False, description="leave out problems that every sample of the stage before solved")
+    solved_at_most: SolvedSettings | None = Field(
+        None, description="keep only problems that at most {times} of the newest {of} samples solved"
+    )
+
+
+class StageSettings(Settings):
+    """One stage of a run. What is not given is as in the rest of the configuration."""
+
+    name: str = Field("", description="for logs and metrics; default: its number")
+    until: StageEndSettings | None = Field(None, description="when it ends; the last stage ends with the run")
+    train: Path | None = Field(None, description="its problems; default: data.train")
+    max_tokens: Positive | None = Field(None, description="longest completion; default: sampling.max_tokens")
+    temperature: float | None = Field(None, gt=0.0, description="default: sampling.temperature")
+    lr: float | None = Field(None, gt=0.0, description="peak learning rate; default: learner.optimizer.lr")
+    filters: StageFilterSettings = Field(default_factory=StageFilterSettings, description="which problems it leaves out")

@@ -364,6 +364,7 @@ def outcome(
         oldest_version=min((int(t.spans[0, 0]) for t in members if len(t.spans)), default=-1),
         newest_version=max((int(t.spans[-1, 0]) for t in members if len(t.spans)), default=-1),
         in_batch=in_batch,
+        num_truncated=sum(t.finish_reason == "length" for t in scored),
     )
 
 

@@ -35,6 +35,7 @@ class SimulatedStep:
             raise ConfigError(f"simulated step: option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         torch.set_num_threads(settings.threads)
         self._settings, self.group = settings, group
+        self.peak_lr = settings.optimizer.lr
         self._weights = torch.zeros(self._options.weight_bytes, dtype=torch.uint8)
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:

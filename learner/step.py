@@ -72,6 +72,7 @@ class Step:
         """Load the model of `model_dir` on this rank's device. Raises DataError when there is none."""
         torch.set_num_threads(settings.threads)
         self.settings = settings
+        self.peak_lr = settings.optimizer.lr
         self.group = group
         device = pick_device(settings.device, group.rank)
         shared: dict[str, Any] = {"device": device, "dtype": settings.dtype, "group": group}
@@ -107,7 +108,7 @@ class Step:
         A batch without a token to train on, or whose gradient is not finite, takes no optimizer step. Raises Diverged after
         `max_bad_steps` in a row of which nothing was finite; the counts are the same on every rank.
         """
-        rate = learning_rate(self.settings.optimizer.lr, self.settings.schedule, iteration, total_iterations)
+        rate = learning_rate(self.peak_lr, self.settings.schedule, iteration, total_iterations)
         self._updater.set_rate(rate)
         sound, refused = admit(samples)
         weighted = weigh(sound, self.settings.aggregation, self.settings.aggregation_length)

@@ -34,6 +34,8 @@ class TrainStep(Protocol):
     """One rank's part of every update, and (the last four) what `learner/checkpoint.py` needs of it."""
 
     group: Group
+    peak_lr: float
+    """The learning rate that the schedule multiplies; the trainer sets it where a stage has another."""
 
     def train(self, samples: Sequence[TrainSample], iteration: int, total_iterations: int) -> StepMetrics:
         """Update the policy on one batch, the same `samples` on every rank."""

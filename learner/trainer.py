@@ -32,6 +32,7 @@ from learner.publisher import DTYPES, Publisher
 from learner.recovery import BATCH, VOID, Part, newest_good, sort_out
 from learner.settings import LearnerSettings
 from learner.showing import RATIO_EDGES, Counts, distributions, spreads, to_read
+from learner.stages import StageClock, StageRule
 from learner.step import StepMetrics, pick_device
 from learner.steps import build_step
 from protocol.errors import RunEnded
@@ -52,6 +53,7 @@ class LearnerJob:
 
     iterations: int
     batches: BatchRule
+    stages: tuple[StageRule, ...]
     group_size: int
     eval_samples: int
     model_dir: Path
@@ -86,6 +88,7 @@ class Leader:
         self._node, self._job = node, job
         self._recorder: Recorder = node.recorder
         batcher = Batcher(job.settings, job.batches, job.group_size)
+        self._stages = StageClock(job.stages, iterations=job.iterations, max_staleness=job.batches.max_staleness)
         spec = node.spec
         self._journal = Journal(job.run_dir / "journal")
         self._ledger = Ledger(job.run_dir / "ledger.sqlite", Writer(spec.role, spec.index, spec.start))
@@ -128,6 +131,8 @@ class Leader:
             self._journal.append([VOID, msgpack.packb({"from": found.void_from})])
         outcomes = [o for o in self._ledger.outcomes() if o.purpose == "train"]
         self._batcher.restore(self._version, [o.group_id for o in outcomes], sum(o.in_batch for o in outcomes))
+        for iteration in range(self._version):
+            self._stages.close(iteration, [o for o in outcomes if o.in_batch and o.iteration == iteration])
         self._intake.restore(found.trajectories)
         if not found.batches:
             self._intake.caught_up()
@@ -200,11 +205,14 @@ class Leader:
                 with recorder.during("train", iteration=iteration):
                     if self._group.size > 1:
                         with recorder.during("waiting:ranks", "learner", "the batch's broadcast"):
-                            self._group.broadcast_bytes(pack_batch(batch.samples, iteration, last=batch.last, commit=commit))
+                            data = pack_batch(batch.samples, iteration, self._stages.lr(iteration), last=batch.last, commit=commit)
+                            self._group.broadcast_bytes(data)
+                    self._step.peak_lr = self._stages.lr(iteration)
                     metrics = self._step.train(batch.samples, iteration, job.iterations)
                 train_s += time.monotonic() - started
                 parts.append((batch, metrics))
 
+            self._stages.close(iteration, [outcome for batch, _ in parts for outcome in batch.outcomes])
             publish_s = self._publish(iteration + 1)
             self._intake.end_groups([outcome for batch, _ in parts for outcome in batch.outcomes])
             if commit:
@@ -255,7 +263,7 @@ class Leader:
             canary = self._step.canary()
             version = Version(number, self._incarnation)
             ready = self._publisher.publish(version, self._step.published_tensors(self._publisher.dtype), canary)
-            self._intake.announce(replace(ready, groups_taken=self._intake.groups_taken))
+            self._intake.announce(replace(ready, groups_taken=self._intake.groups_taken, stage_starts=list(self._stages.starts)))
         return time.monotonic() - started
 
     def _report(self, batch: Batch, values: dict[str, float], train_s: float, publish_s: float) -> None:
@@ -264,7 +272,14 @@ class Leader:
         step = {f"train/{name}": value for name, value in values.items()}
         self._intake.report(
             batch.iteration,
-            {**batch.metrics, **step, "train/seconds": train_s, "train/publish_s": publish_s, "train/tokens_per_s": tokens / train_s},
+            {
+                **batch.metrics,
+                **step,
+                "train/stage": float(self._stages.stage_of(batch.iteration)),
+                "train/seconds": train_s,
+                "train/publish_s": publish_s,
+                "train/tokens_per_s": tokens / train_s,
+            },
         )
 
     def _show(self, batch: Batch, ratio_counts: Sequence[tuple[int, ...]]) -> None:
@@ -356,7 +371,7 @@ def follow(node: Node, job: LearnerJob) -> None:
         data = group.broadcast_bytes(None)
         if not data:
             break
-        samples, iteration, last, commit = unpack_batch(data)
+        samples, iteration, step.peak_lr, last, commit = unpack_batch(data)
         node.recorder.enter("train", iteration=iteration)
         step.train(samples, iteration, job.iterations)
     node.recorder.enter("waiting:end of run", "learner", "")
@@ -374,7 +389,7 @@ def _poll_until_stopped(node: Node) -> None:
         os._exit(0)
 
 
-def pack_batch(samples: Sequence[TrainSample], iteration: int, *, last: bool = True, commit: bool = False) -> bytes:
+def pack_batch(samples: Sequence[TrainSample], iteration: int, peak_lr: float, *, last: bool = True, commit: bool = False) -> bytes:
     """A batch as msgpack with raw little-endian arrays: nothing is pickled between ranks either.
 
     `last`: a version is published after it; `commit`: the state is taken then.
@@ -384,18 +399,18 @@ def pack_batch(samples: Sequence[TrainSample], iteration: int, *, last: bool = T
         return value.tobytes() if isinstance(value, np.ndarray) else value
 
     rows = [{name: plain(value) for name, value in asdict(sample).items()} for sample in samples]
-    data: bytes = msgpack.packb({"iteration": iteration, "last": last, "commit": commit, "samples": rows})
+    data: bytes = msgpack.packb({"iteration": iteration, "peak_lr": peak_lr, "last": last, "commit": commit, "samples": rows})
     return data
 
 
 _ARRAYS = {"prompt_ids": np.int32, "token_ids": np.int32, "behaviour_logprobs": np.float32, "loss_mask": np.bool_}
 
 
-def unpack_batch(data: bytes) -> tuple[list[TrainSample], int, bool, bool]:
+def unpack_batch(data: bytes) -> tuple[list[TrainSample], int, float, bool, bool]:
     """The inverse of `pack_batch`."""
     content = msgpack.unpackb(data)
     samples = [
         TrainSample(**{name: np.frombuffer(value, _ARRAYS[name]) if name in _ARRAYS else value for name, value in row.items()})
         for row in content["samples"]
     ]
-    return samples, content["iteration"], content["last"], content["commit"]
+    return samples, content["iteration"], content["peak_lr"], content["last"], content["commit"]

@@ -30,11 +30,16 @@ CREATE TABLE IF NOT EXISTS issued (
   problem_id TEXT NOT NULL, generator TEXT NOT NULL, issued_s REAL NOT NULL, stage INTEGER NOT NULL DEFAULT 0,
   requeues INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (group_id, attempt)
 );
+CREATE TABLE IF NOT EXISTS stages (
+  stage INTEGER PRIMARY KEY, name TEXT NOT NULL, iteration INTEGER NOT NULL, problems INTEGER NOT NULL, problems_of INTEGER NOT NULL,
+  kept TEXT
+);
 CREATE TABLE IF NOT EXISTS skipped (problem_id TEXT PRIMARY KEY, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS ended (
   group_id INTEGER PRIMARY KEY, iteration INTEGER NOT NULL, purpose TEXT NOT NULL, problem_id TEXT NOT NULL, state TEXT NOT NULL,
   reason TEXT NOT NULL, num_samples INTEGER NOT NULL, num_passed INTEGER NOT NULL, mean_score REAL,
-  oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL, in_batch INTEGER NOT NULL DEFAULT 0
+  oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL, in_batch INTEGER NOT NULL DEFAULT 0,
+  num_truncated INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS published (
   number INTEGER NOT NULL, incarnation INTEGER NOT NULL, start INTEGER NOT NULL, manifest_sha256 TEXT NOT NULL, published_s REAL NOT NULL,
@@ -60,6 +65,20 @@ class Writer:
 
     def __str__(self) -> str:
         return f"{self.role}-{self.index}@{self.start}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of the run began with groups for `iteration`."""
+
+    stage: int
+    name: str
+    iteration: int
+    problems: int
+    """That its filters left; 0 means that they left nothing, so that it has all."""
+    problems_of: int
+    kept: tuple[str, ...] | None
+    """Their ids, as they were decided then; None without filters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +215,16 @@ class Ledger:
     def num_skipped(self) -> int:
         """Problems that no group is made of."""
         return int(self._db.execute("SELECT COUNT(*) FROM skipped").fetchone()[0])
+
+    def stage(self, stage: int, name: str, iteration: int, problems: int, problems_of: int, kept: Iterable[str] | None) -> None:
+        """A stage began with groups for `iteration`; `kept` are the problems that its filters left, None if it has none."""
+        text = None if kept is None else "\n".join(kept)
+        self._write("INSERT OR IGNORE INTO stages VALUES (?,?,?,?,?,?)", [(stage, name, iteration, problems, problems_of, text)])
+
+    def stages(self) -> list[Stage]:
+        """The stages that have begun, in their order."""
+        rows = self._db.execute("SELECT stage, name, iteration, problems, problems_of, kept FROM stages ORDER BY stage").fetchall()
+        return [Stage(*row, None if kept is None else tuple(str(kept).split("\n"))) for *row, kept in rows]
 
     def issues(self) -> list[Issue]:
         """The issue log in its order."""

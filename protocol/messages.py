@@ -340,7 +340,8 @@ class GroupOutcome(Message):
 
     Example:
         GroupOutcome(group_id=7, iteration=1, purpose="train", problem_id="train-17", state="trained", reason="", num_samples=8,
-                     num_passed=3, mean_score=0.375, oldest_version=0, newest_version=1, in_batch=True)
+                     num_passed=3, mean_score=0.375, oldest_version=0, newest_version=1, in_batch=True,
+                     num_truncated=0)
     """
 
     group_id: int
@@ -357,6 +358,8 @@ class GroupOutcome(Message):
     newest_version: int
     in_batch: bool = False
     """Whether it took a place in the batch of its iteration. The place of a training group that did not is given to another."""
+    num_truncated: int = 0
+    """Of the scored samples, those that were cut off."""
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -368,7 +371,7 @@ class WeightsReady(Message):
 
     Example:
         WeightsReady(number=4, incarnation=0, directory="/run/weights/v4", manifest_sha256="ab...", num_bytes=3540000, published_s=1.0,
-                     groups_taken=12)
+                     groups_taken=12, stage_starts=[0, 40])
     """
 
     number: int
@@ -379,6 +382,8 @@ class WeightsReady(Message):
     published_s: float
     groups_taken: int = 0
     """Training groups in the batches of all iterations before this version: how far the line of groups has moved up."""
+    stage_starts: list[int] = field(default_factory=lambda: [0])
+    """First iterations of the stages that have begun or are decided: enough to know the stage of every group that this version lets issue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

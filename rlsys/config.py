@@ -25,6 +25,7 @@ from actors.settings import (
     SamplingSettings,
     ScheduleSettings,
     Settings,
+    StageSettings,
 )
 from learner.settings import LearnerSettings
 from protocol.errors import ConfigError
@@ -104,6 +105,7 @@ class RunConfig(Settings):
     data: DataSettings = Field(description="the problems")
     sampling: SamplingSettings = Field(description="how completions are drawn, and how many")
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="how far sampling may run ahead of training")
+    stages: list[StageSettings] = Field(default_factory=list, description="parts of the run with settings of their own; default: one stage")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="held-out pass@1")
     generators: GeneratorSettings = Field(default_factory=GeneratorSettings, description="the sampling fleet")
     rewarders: RewarderSettings = Field(default_factory=RewarderSettings, description="the scoring fleet")
@@ -125,10 +127,10 @@ class RunConfig(Settings):
                 "(sampling.groups_per_iteration), so some ranks would have nothing to train on"
             )
         self._check_schedule()
-        if context is not None and sampling.max_tokens >= context:
-            raise ValueError(
-                f"sampling.max_tokens is {sampling.max_tokens}, which leaves no room for a prompt in model.max_context {context}"
-            )
+        self._check_stages()
+        for key, tokens in self.token_limits().items():
+            if context is not None and tokens >= context:
+                raise ValueError(f"{key} is {tokens}, which leaves no room for a prompt in model.max_context {context}")
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike, so nothing can be learned from them")
         if sampling.group_size < 2 and self.learner.advantage == "grpo":
@@ -147,6 +149,34 @@ class RunConfig(Settings):
         if minimum is not None and minimum > sampling.group_size:
             raise ValueError(f"learner.min_samples is {minimum}, more than the sampling.group_size of {sampling.group_size}")
         return self
+
+    def token_limits(self) -> dict[str, int]:
+        """The longest completions that the run may ask for, by the key that says so."""
+        limits = {f"stages.{i}.max_tokens": stage.max_tokens for i, stage in enumerate(self.stages) if stage.max_tokens is not None}
+        if len(limits) < max(1, len(self.stages)):
+            limits["sampling.max_tokens"] = self.sampling.max_tokens
+        return limits
+
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.stages if stage.name]
+        before = 0
+        for i, stage in enumerate(self.stages):
+            if stage.name and names.count(stage.name) > 1:
+                raise ValueError(f"stages.{i}.name: two stages are called {stage.name!r}")
+            last = i == len(self.stages) - 1
+            if last and stage.until is not None:
+                raise ValueError(f"stages.{i}.until: the last stage ends with the run, after iteration {self.iterations}")
+            if not last and stage.until is None:
+                raise ValueError(f"stages.{i}.until is missing: stage {i + 1} would never begin")
+            if i == 0 and (stage.filters.drop_solved or stage.filters.solved_at_most):
+                raise ValueError("stages.0.filters: nothing was sampled before the first stage, so there is nothing to filter by")
+            if stage.until is not None and stage.until.iteration is not None:
+                if not before < stage.until.iteration < self.iterations:
+                    raise ValueError(
+                        f"stages.{i}.until.iteration is {stage.until.iteration}: expected more than {before} and less than "
+                        f"iterations ({self.iterations})"
+                    )
+                before = stage.until.iteration
 
     def _check_schedule(self) -> None:
         schedule, groups = self.schedule, self.sampling.groups_per_iteration
@@ -227,16 +257,25 @@ def _set(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not YAML") from None
     if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 takes 1e-6 for text
         value = float(value)
-    place = content
+    place: Any = content
     *parents, last = key.split(".")
     for parent in parents:
+        if isinstance(place, list):
+            place = place[_index(parent, place, override)]
+            continue
         if place.get(parent) is None:  # not there, or there without a value
             place[parent] = {}
         child = place[parent]
-        if not isinstance(child, dict):
+        if not isinstance(child, dict | list):
             raise ConfigError(f"--set {override}: {parent} is {child!r}, not a group of keys")
         place = child
-    place[last] = value
+    place[_index(last, place, override) if isinstance(place, list) else last] = value
+
+
+def _index(part: str, place: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(place) or not isinstance(place[int(part)], dict):
+        raise ConfigError(f"--set {override}: {part!r} is no place in a list of {len(place)} groups of keys; the first is 0")
+    return int(part)
 
 
 _PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"), ("learner", "kl", "reference"))
@@ -254,12 +293,18 @@ def absolute(content: Mapping[str, Any], base: Path) -> dict[str, Any]:
             section = section.get(group) if isinstance(section, dict) else None
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and not value.startswith(BUILTIN):
-            expanded = os.path.expandvars(value)
-            if unset := _VARIABLE.search(expanded):
-                where = ".".join([*groups, key])
-                raise ConfigError(f"{where} is {value}: the environment variable {unset[1]} is not set; set it, or give --set {where}=...")
-            section[key] = str((base / Path(expanded).expanduser()).resolve())
+            section[key] = _absolute_path(value, base, ".".join([*groups, key]))
+    for i, stage in enumerate(changed.get("stages") or []):
+        if isinstance(stage, dict) and isinstance(stage.get("train"), str) and not stage["train"].startswith(BUILTIN):
+            stage["train"] = _absolute_path(stage["train"], base, f"stages.{i}.train")
     return changed
+
+
+def _absolute_path(value: str, base: Path, where: str) -> str:
+    expanded = os.path.expandvars(value)
+    if unset := _VARIABLE.search(expanded):
+        raise ConfigError(f"{where} is {value}: the environment variable {unset[1]} is not set; set it, or give --set {where}=...")
+    return str((base / Path(expanded).expanduser()).resolve())
 
 
 def explain(fault: Any, model: type[BaseModel], prefix: str = "") -> str:

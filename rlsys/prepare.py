@@ -45,6 +45,9 @@ def check_builtin(config: RunConfig) -> None:
     for key, path in (("model.path", config.model.path), ("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and str(path).startswith(BUILTIN) and str(path) not in (QUICKSTART, SIMULATED):
             raise ConfigError(f"{key} is {path}: the built-in ones are {QUICKSTART} and {SIMULATED}")
+    for i, stage in enumerate(config.stages):
+        if stage.train is not None and _built_in(stage.train):
+            raise ConfigError(f"stages.{i}.train is {stage.train}: a built-in data set is given as data.train, for all stages")
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
@@ -107,6 +110,9 @@ def check_files(config: RunConfig) -> None:
     train = [] if _built_in(config.data.train) else read_problems(config.data.train)
     if config.data.eval is not None and not _built_in(config.data.eval):
         read_problems(config.data.eval)
+    for stage in config.stages:
+        if stage.train is not None and not _built_in(stage.train):
+            read_problems(stage.train)
     if not _built_in(config.model.path):
         _check_model(config, train)
 
@@ -124,10 +130,9 @@ def _check_model(config: RunConfig, train: list[Problem]) -> None:
         raise DataError(f"model.path is {model}: holds no *.safetensors weights")
     if config.model.max_context is not None and config.model.max_context > limit:
         raise ConfigError(f"model.max_context is {config.model.max_context}, but the model in {model} was built for {limit} tokens")
-    if config.sampling.max_tokens >= limit:
-        raise ConfigError(
-            f"sampling.max_tokens is {config.sampling.max_tokens}, which leaves no room for a prompt in the model's {limit} tokens"
-        )
+    for key, tokens in config.token_limits().items():
+        if tokens >= limit:
+            raise ConfigError(f"{key} is {tokens}, which leaves no room for a prompt in the model's {limit} tokens")
     text = Text(model)
     if config.sampling.stop_token_ids is None:
         stop_token_ids(model)

@@ -13,6 +13,7 @@ from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
 from rlsys.config import RunConfig, parse_config
 from rlsys.logs import set_up
 from rlsys.schedules import batch_rule, pacing_rule
+from rlsys.stages import stage_plans, stage_rules
 
 log = logging.getLogger("rlsys")
 
@@ -79,6 +80,7 @@ def _dispatcher(node: Node, config: RunConfig) -> None:
             iterations=config.iterations,
             pacing=pacing_rule(config),
             max_requeues=1 if config.schedule.max_requeues is None else config.schedule.max_requeues,
+            stages=stage_plans(config),
             model_dir=config.model.path,
             max_context=max_context(config),
             data=config.data,
@@ -146,6 +148,7 @@ def _learner(node: Node, config: RunConfig) -> None:
         LearnerJob(
             iterations=config.iterations,
             batches=batch_rule(config),
+            stages=stage_rules(config),
             group_size=config.sampling.group_size,
             eval_samples=config.evaluation.samples,
             model_dir=config.model.path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlsys.config import RunConfig
 from rlsys.schedules import describe_schedule
+from rlsys.stages import describe_stages
 
 
 def processes(config: RunConfig) -> list[tuple[str, int]]:
@@ -26,6 +27,7 @@ def describe(config: RunConfig) -> list[str]:
     return [
         f"run         {config.name}: {config.iterations} iterations of {s.groups_per_iteration} groups x {s.group_size} = {samples} samples",
         f"schedule    {describe_schedule(config)}",
+        *describe_stages(config),
         f"model       {config.model.path}",
         f"train       {config.data.train}",
         f"evaluate    {evaluation}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from actors.dispatcher import FIRST_EVAL_GROUP, Dispatcher, DispatcherJob, run_dispatcher, sample_seed
 from actors.pacing import PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
+from actors.stages import StagePlan
 from protocol.errors import DataError
 from protocol.messages import Credit, Event, Finished, GroupOutcome, GroupTask, Hello, WeightsReady
 from tests.directories import WORDS, dataset, problems, tokenizer_directory
@@ -26,15 +28,18 @@ def make_job(
         data["eval"] = dataset(tmp_path / "eval.jsonl", problems(held_out, "e"))
     pacing = changes.pop("pacing", {})
     sampling = {"groups_per_iteration": 2, "group_size": 3, "max_tokens": 8, **changes.pop("sampling", {})}
+    settings = SamplingSettings(**sampling)
+    stages = (StagePlan(name="0", train=data["train"], max_tokens=settings.max_tokens, temperature=settings.temperature),)
     values: dict[str, Any] = {
         "seed": 7,
         "iterations": iterations,
         "pacing": PacingRule(iterations=iterations, groups_per_iteration=2, max_staleness=staleness, **pacing),
         "max_requeues": 1,
+        "stages": stages,
         "model_dir": tokenizer_directory(tmp_path / "model"),
         "max_context": 64,
         "data": DataSettings(**data),
-        "sampling": SamplingSettings(**sampling),
+        "sampling": settings,
         "evaluation": EvaluationSettings(**evaluation),
         "ledger": tmp_path / "ledger.sqlite",
     }
@@ -163,7 +168,8 @@ def test_prompts_that_leave_no_room_are_skipped_and_counted(tmp_path: Path) -> N
         lines = [*problems(2), {"id": "long", "prompt": " ".join(["w1"] * 10)}, {"id": "none", "prompt": " "}]
         train = dataset(tmp_path / "mixed.jsonl", lines)
         job = make_job(tmp_path, held_out=0, **changes)
-        return [p.problem_id for p in Dispatcher(DispatcherJob(**{**_fields(job), "data": DataSettings(train=train)})).skipped]
+        changed = {"data": DataSettings(train=train), "stages": (replace(job.stages[0], train=train),)}
+        return [p.problem_id for p in Dispatcher(DispatcherJob(**{**_fields(job), **changed})).skipped]
 
     assert skipped(max_context=18) == ["none"], "10 tokens of prompt and 8 of completion fill 18"
     assert skipped(max_context=17) == ["long", "none"]

@@ -46,8 +46,8 @@ START_S = 120.0
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_what_is_packed_for_the_other_ranks_comes_out_equal(count: int) -> None:
     samples = random_samples(count)
-    unpacked, iteration, commit = unpack_batch(pack_batch(samples, 41, commit=count == 1))
-    assert (iteration, commit) == (41, count == 1)
+    unpacked, iteration, lr, last, commit = unpack_batch(pack_batch(samples, 41, 1e-6, commit=count == 1))
+    assert (iteration, lr, last, commit) == (41, 1e-6, True, count == 1)
     assert len(unpacked) == count
     for a, b in zip(samples, unpacked, strict=True):
         for name in a.__slots__:

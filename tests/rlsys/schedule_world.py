@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from actors.dispatcher import GIVEN_BACK, Dispatcher, DispatcherJob
+from actors.dispatcher import Dispatcher, DispatcherJob
 from actors.pacing import PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
+from actors.stages import GIVEN_BACK, StagePlan
 from learner.batcher import Assembler, Batch, Batcher, check_staleness
 from learner.line import BatchRule
 from learner.settings import LearnerSettings
@@ -46,8 +47,9 @@ class World:
             reorder=batches.reorder, over_issue=batches.over_issue,
         )  # fmt: skip
         self.pacing, self.max_requeues = pacing, 1
+        stages = (StagePlan(name="0", train=directory / "train.jsonl", max_tokens=8, temperature=0.7),)
         job = DispatcherJob(
-            seed=0, iterations=batches.iterations, pacing=pacing, max_requeues=self.max_requeues, model_dir=directory / "model",
+            seed=0, iterations=batches.iterations, pacing=pacing, max_requeues=self.max_requeues, stages=stages, model_dir=directory / "model",
             max_context=64, data=DataSettings(train=directory / "train.jsonl"), ledger=directory / "unused",
             sampling=SamplingSettings(groups_per_iteration=batches.groups_per_iteration, group_size=GROUP_SIZE, max_tokens=8),
             evaluation=EvaluationSettings(),

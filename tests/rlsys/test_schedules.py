@@ -17,6 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from learner.line import BatchRule, StragglerPolicy
+from protocol.errors import ConfigError
+from rlsys.config import parse_config
+from rlsys.schedules import batch_rule, describe_schedule, pacing_rule
+from tests.configuration import minimal
 from tests.directories import dataset, problems, tokenizer_directory
 from tests.rlsys.schedule_world import World
 
@@ -121,3 +125,65 @@ def test_whole_runs_under_every_schedule(
             getattr(world, chance.choice(events))(any_of(chance))
         world.go_on(any_of(chance))
         world.check_end()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"name": "one_of"}, "schedule.name is 'one_of': .*did you mean one_off?"),
+        ({"name": "one_off", "max_staleness": 2}, "max_staleness is 2, which means nothing here: one_off has staleness 1 by definition"),
+        ({"minibatches": 2}, "minibatches is 2, which means nothing here: one_off takes an iteration's groups as one batch"),
+        ({"name": "minibatch", "minibatches": 9}, "schedule.minibatches is 9 but an iteration has only 2 groups"),
+        ({"reorder": 1}, "reorder is 1, which means nothing here: one_off takes groups in their order"),
+        ({"name": "bounded", "stragglers": "mask", "quorum": 0.5, "reorder": 1}, "reorder is 1, which means nothing here: with stragglers"),
+        ({"quorum": 0.5}, "quorum is 0.5, which means nothing here: with stragglers 'wait'"),
+        ({"max_requeues": 3}, "max_requeues is 3, which means nothing here"),
+        ({"name": "synchronous", "stragglers": "mask"}, "stragglers 'mask' means nothing with synchronous: at staleness 0 every token"),
+        ({"stragglers": "drop"}, "schedule.quorum is 0.85 of 2 groups .* which is all of them: stragglers 'drop' would never happen"),
+        ({"name": "bounded", "max_staleness": 1, "reorder": 3}, "schedule.reorder is 3: more than staleness 1 x 2 groups leaves no room"),
+        ({"over_issue": 5}, "schedule.over_issue is 5, more than an iteration's 2 groups"),
+    ],
+)
+def test_options_that_mean_nothing_together_are_refused_with_the_reason(tmp_path: Path, schedule: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_config(minimal(tmp_path) | {"schedule": schedule}, "test")
+
+
+def test_refill_rounds_without_refill_are_refused(tmp_path: Path) -> None:
+    content = minimal(tmp_path)
+    content["learner"] |= {"refill_rounds": 3}
+    with pytest.raises(ConfigError, match="refill_rounds is 3 but zero_variance is 'drop': nothing is refilled"):
+        parse_config(content, "test")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "learner", "numbers", "said"),
+    [
+        ({}, {}, {"max_staleness": 1}, "one_off: staleness at most 1"),
+        ({"name": "synchronous"}, {}, {"max_staleness": 0}, "synchronous: staleness at most 0"),
+        ({"name": "minibatch"}, {}, {"max_staleness": 0, "parts": 4}, "4 optimizer steps per iteration, on groups as they come"),
+        ({"name": "bounded"}, {}, {"max_staleness": 2, "reorder": 5}, "a late group is overtaken by at most 5 others"),
+        ({"name": "bounded", "max_staleness": 3, "reorder": 0}, {}, {"max_staleness": 3}, "bounded: staleness at most 3"),
+        ({"stragglers": "drop"}, {}, {"stragglers": "drop", "may_lag": 3}, "closes without at most 3 late groups (drop)"),
+        (
+            {"stragglers": "mask", "quorum": 0.5, "over_issue": 2},
+            {},
+            {"stragglers": "mask", "may_lag": 10, "over_issue": 2},
+            "2 groups beyond",
+        ),
+        ({}, {"zero_variance": "refill"}, {"refills": 80}, "filtered groups are replaced, at most 80 per iteration"),
+    ],
+)
+def test_rules_of_a_configuration(
+    tmp_path: Path, schedule: dict[str, Any], learner: dict[str, Any], numbers: dict[str, Any], said: str
+) -> None:
+    content = minimal(tmp_path) | {"schedule": schedule}
+    content["learner"] |= learner
+    content["sampling"] |= {"groups_per_iteration": 20}
+    config = parse_config(content, "test")
+    plain = {"max_staleness": 1, "stragglers": "wait", "may_lag": 0, "over_issue": 0, "reorder": 0, "parts": 1, "refills": 0}
+    rule, pacing = batch_rule(config), pacing_rule(config)
+    assert {name: getattr(rule, name) for name in plain} == plain | numbers
+    assert (pacing.max_staleness, pacing.reorder, pacing.over_issue) == (rule.max_staleness, rule.reorder, rule.over_issue)
+    assert (pacing.iterations, pacing.groups_per_iteration) == (rule.iterations, rule.groups_per_iteration) == (3, 20)
+    assert said in describe_schedule(config)

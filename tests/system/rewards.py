@@ -56,9 +56,9 @@ class HangingReward(LengthReward):
 
 
 class HoldingReward(LengthReward):
-    """The samples of some problems wait for a file; all others are scored at once."""
+    """The samples of some problems wait for a file each; all others are scored at once."""
 
     def score(self, sample: Sample) -> Score:
-        if sample.problem["id"] in self._options["problems"]:
-            wait_for_file(self._options["file"])
+        if sample.problem["id"] in self._options["gates"]:
+            wait_for_file(self._options["gates"][sample.problem["id"]])
         return super().score(sample)

@@ -37,20 +37,23 @@ def test_a_late_group_holds_nobody_up(
     config: dict[str, Any], start: Callable[..., Run], tmp_path: Path, problems: Path, policy: str
 ) -> None:
     """The rewards of groups 0 and 12 hang until two iterations were trained. Of two late ones a batch may pass by one."""
-    gate = tmp_path / "gate"
+    gates = [tmp_path / "first", tmp_path / "second"]
     lines = (problems / "train.jsonl").read_text().splitlines()
     held, second = json.loads(lines[0])["id"], json.loads(lines[12])["id"]
     config |= {"iterations": 5, "evaluation": {"at_start": False, "at_end": False}}
     config["data"]["shuffle"] = False
     config["schedule"] = {"name": "bounded", "max_staleness": 2, "stragglers": policy, "quorum": 0.7}
-    options = {"problems": [held, second], "file": str(gate)}
+    options = {"gates": {held: str(gates[0]), second: str(gates[1])}}
     config["rewarders"] = {"reward": "tests.system.rewards:HoldingReward", "concurrency": 16, "options": options}
     config["learner"]["zero_variance"] = "keep"
     run = start(config, "--json")
     try:
-        run.until(lambda status: status.get("iteration", 0) >= 2, "two iterations without the group that is late")
+        for gate, done in zip(gates, (2, 3), strict=True):
+            run.until(lambda status, done=done: status.get("iteration", 0) >= done, f"{done} iterations")  # type: ignore[misc]
+            gate.touch()
     finally:
-        gate.touch()
+        for gate in gates:
+            gate.touch()
     assert run.wait() == 0, run.err
 
     ended = outcomes(run)

@@ -224,7 +224,10 @@ class Ledger:
     def stages(self) -> list[Stage]:
         """The stages that have begun, in their order."""
         rows = self._db.execute("SELECT stage, name, iteration, problems, problems_of, kept FROM stages ORDER BY stage").fetchall()
-        return [Stage(*row, None if kept is None else tuple(str(kept).split("\n"))) for *row, kept in rows]
+        return [
+            Stage(stage, name, iteration, problems, of, None if kept is None else tuple(str(kept).split("\n")))
+            for stage, name, iteration, problems, of, kept in rows
+        ]
 
     def issues(self) -> list[Issue]:
         """The issue log in its order."""

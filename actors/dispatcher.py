@@ -516,7 +516,7 @@ class DispatcherProcess:
             if not stage.problems:
                 log.warning("stage %s: its filters leave no problem, so it has all %d of its data set", stage.name, stage.of)
             if len(self._job.stages) > 1:
-                values = {"stage": stage.stage, "name": stage.name, "iteration": stage.iteration}
+                values = {"number": stage.stage, "stage": stage.name, "from_iteration": stage.iteration}
                 self._node.event("stage", **values, problems=stage.problems or stage.of, of=stage.of)
 
     def _facts(self) -> dict[str, Any]:

@@ -40,6 +40,9 @@ def event_line(event: Event) -> str | None:
         return f"held-out pass@1 {share:.3f} at {versions} ({data['problems']} problems, {data['samples']} samples{failed})"
     if event.name == "skipped":
         return f"{data['count']} prompts skipped ({data['reason']}): {', '.join(data['first'])}"
+    if event.name == "stage":
+        left = f"{data['problems']} of {data['of']} problems" if data["problems"] != data["of"] else f"{data['of']} problems"
+        return f"stage {data['stage']} is sampled for iterations from {data['from_iteration']} on ({left})"
     if event.name in ("training started", "training ended"):
         return event.name
     if event.name == "stalled":

@@ -54,4 +54,4 @@ def test_stages_change_samples_and_steps_and_stand_in_the_ledger(
     numbers = [r for r in records(run) if "reward/mean" in r]
     assert [r["train/stage"] for r in numbers] == [clock.stage_of(k) for k in range(9)]
     assert [r["train/lr"] for r in numbers] == [[5e-4, 2e-4, 5e-4][clock.stage_of(k)] for k in range(9)]
-    assert [r["name"] for r in records(run) if r.get("event") == "stage"] == ["short", "medium", "long"]
+    assert [r["stage"] for r in records(run) if r.get("event") == "stage"] == ["short", "medium", "long"]

@@ -40,7 +40,7 @@ def test_stages_change_samples_and_steps_and_stand_in_the_ledger(
     clock = StageClock(stage_rules(resolved), iterations=9, max_staleness=1)
     for iteration in range(9):
         clock.close(iteration, [o for o in outcomes if o.iteration == iteration])
-    assert [(stage, name, iteration) for stage, name, iteration, _, _ in stages] == [
+    assert [(stage.stage, stage.name, stage.iteration) for stage in stages] == [
         (i, ("short", "medium", "long")[i], iteration) for i, iteration in enumerate(clock.starts)
     ]
     assert clock.starts[:2] == [0, 3]

@@ -281,7 +281,8 @@ class SGLangEngine:
         if isinstance(event, Loaded):
             self._concurrency.observe(event.load)
         elif isinstance(event, Dead):
-            self._lost(event.reason)
+            if self._ready:  # else its loss was noticed by a broken request before
+                self._lost(event.reason)
         elif isinstance(event, Ended):
             self._ended_stream(event.stream)
         else:
@@ -383,6 +384,7 @@ class SGLangEngine:
         if self._swap == "abort_resume":
             return self._abort_and_resume(directory, version)
         mode, flush = ("in_place", False) if self._swap == "in_place" else ("retract", self._swap == "retract_flush")
+        flush = flush or self._version is None  # nothing runs yet; a server that served others may hold a cache of theirs
         running = bool(self._running)
         started = time.monotonic()
         self._client.pause_watch(True)
@@ -446,7 +448,7 @@ class SGLangEngine:
                 self._server.end()
                 if not self._closed:
                     self._server.begin()
-            except OSError as error:
+            except (OSError, InfrastructureFault) as error:
                 self._start_error = InfrastructureFault(f"the server could not be started again: {error}")
 
         self._starting = threading.Thread(target=again, name="sglang start", daemon=True)

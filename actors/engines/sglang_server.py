@@ -151,12 +151,18 @@ class Server:
             visible_devices(options, engine.device, engine.index)
 
     def begin(self) -> None:
-        """Start the server; `wait_ready` tells when it answers. Nothing to do for one that runs elsewhere."""
+        """Start the server; `wait_ready` tells when it answers. Nothing to do for one that runs elsewhere.
+
+        Raises InfrastructureFault when the disk is full.
+        """
         if self.attached:
             return
         if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="rlsys-sglang-"))
-            write_model_dir(self._engine.model_path, self._scratch)
+            try:
+                self._scratch = Path(tempfile.mkdtemp(prefix="rlsys-sglang-"))
+                write_model_dir(self._engine.model_path, self._scratch)
+            except OSError as error:
+                raise InfrastructureFault(f"{tempfile.gettempdir()}: the server's model directory cannot be written ({error})") from None
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = server_command(self._python, self._scratch, port, self._engine, self._options)

@@ -91,7 +91,16 @@ def _train(job: dict[str, Any], group: Group, out: Path) -> dict[str, Any]:
     if group.rank == 0:
         save_file(state, str(out / f"{job['name']}.safetensors"))
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in step.model.network.parameters())
-    return {"values": values, "skipped": skipped, "payload": payload.hex(), "empty": empty.hex(), "digest": digest, "held": held}
+    canary = step.canary().logprobs.tolist()
+    return {
+        "canary": canary,
+        "values": values,
+        "skipped": skipped,
+        "payload": payload.hex(),
+        "empty": empty.hex(),
+        "digest": digest,
+        "held": held,
+    }
 
 
 def _samples(count: int, iteration: int, damage: str | None) -> list[TrainSample]:

@@ -135,6 +135,7 @@ def test_ranks_train_as_one(found: dict[str, Found], dtype: str, tolerance: floa
     for one in together.ranks:
         assert one["payload"] == b"\x00from rank 0\xff".hex() and one["empty"] == ""
         assert one["digest"] == together.ranks[0]["digest"]
+        assert one["canary"] == pytest.approx(alone.ranks[0]["canary"], abs=max(1e-6, tolerance))
     for values, expected in zip(together.values, alone.values, strict=True):
         assert values == pytest.approx(expected, rel=metric_tolerance, abs=1e-7)
     assert together.state.keys() == alone.state.keys()

@@ -15,6 +15,7 @@ from learner.objectives import TokenLoss, Tokens
 from learner.parallel import SingleProcess
 from learner.settings import LearnerSettings
 from learner.step import Step
+from protocol.canary import PROMPT_TOKENS
 from protocol.errors import DataError, Diverged
 from tests.learner.reference import Reference
 from tests.learner.samples import random_samples
@@ -223,3 +224,19 @@ def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
     plain, saving = (make_step(model_dir, gradient_checkpointing=flag) for flag in (False, True))
     assert plain.train(samples, 0, 1).values == pytest.approx(saving.train(samples, 0, 1).values, rel=1e-12)
     assert saving.model.network.training and any(getattr(m, "gradient_checkpointing", False) for m in saving.model.network.modules())
+
+
+def test_the_canary_is_a_plain_float32_forward_pass_of_the_present_parameters(model_dir: Path) -> None:
+    step = make_step(model_dir, dtype="bfloat16")
+    for iteration in range(2):
+        canary = step.canary()
+        with torch.no_grad():
+            ids = torch.from_numpy(canary.ids).long()
+            step.model.network.config._attn_implementation = "sdpa"
+            every = step.model.network(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+        expected = every[PROMPT_TOKENS - 1 : -1].gather(1, ids[PROMPT_TOKENS:, None])[:, 0]
+        assert canary.dtype == "float32" and len(canary.logprobs) == len(canary.ids) - PROMPT_TOKENS
+        np.testing.assert_allclose(canary.logprobs, expected.numpy(), atol=1e-6)
+        before = canary.logprobs
+        step.train(random_samples(13, seed=iteration), iteration, 2)
+        assert np.abs(step.canary().logprobs - before).max() > 1e-4, "it follows the parameters"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +27,9 @@ from protocol.errors import WeightsError
 from protocol.manifest import publish
 from protocol.messages import Span, Version, WeightsReady
 from tests.actors import tiny_models
-from tests.actors.processes import wait_until
+from tests.actors.processes import descendants, wait_until
 from tests.actors.tiny_models import CONTEXT, drain, prompt, reference_logprobs, request
+from tests.system.conftest import Run
 
 pytestmark = pytest.mark.sglang
 
@@ -193,3 +196,38 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
     finally:
         engine.close()
     wait_until(lambda: not [pid for pid in seen if Path(f"/proc/{pid}").exists()], "nothing of any server is left")
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+def scheduler_of(generator: int) -> int:
+    """The scheduler process below a generator actor, 0 while there is none."""
+    for pid in descendants(generator):
+        try:
+            if "schedul" in Path(f"/proc/{pid}/comm").read_text():
+                return pid
+        except OSError:
+            continue
+    return 0
+
+
+def test_a_run_goes_on_when_its_server_loses_its_scheduler(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    config["generators"] = {"engine": "sglang", "slots": 16, "options": {"start_s": START_S, "stream_interval": 8}}
+    config["iterations"] = 6
+    config["deadlines"] = {"startup_s": START_S, "stall_s": 2 * START_S, "heartbeat_s": 60.0, "shutdown_s": 10.0}
+    run = start(config)
+    generator = run.until(lambda status: run.pids().get("generator-0"), "a generator", START_S)
+    run.until(lambda status: status.get("iteration", 0) >= 2, "two iterations", 2 * START_S)
+    processes = descendants(generator)
+    os.kill(scheduler_of(generator), signal.SIGKILL)
+    assert run.wait(3 * START_S) == 0, run.err
+    assert run.exit_record["outcome"] == "done" and run.exit_record["iterations_done"] == 6
+    log = (run.path / "logs" / "generator-0.log").read_text()
+    assert "the server is lost (1 in a row)" in log and "scheduler" in log
+    audit = subprocess.run(
+        [sys.executable, "-P", "-m", "rlsys", "audit", str(run.path)], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    wait_until(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "nothing of the servers is left")

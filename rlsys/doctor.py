@@ -27,7 +27,7 @@ class Finding:
 
 def doctor(*, as_json: bool) -> int:
     """Print the report; exit code 1 when model-written code could not be run in isolation."""
-    findings = [_machine(), _memory(), *isolation(), *_languages(), _devices(), *_packages()]
+    findings = [_machine(), _memory(), *isolation(), *_languages(), _devices(), *_engines(), *_packages()]
     if as_json:
         print(json.dumps([asdict(f) for f in findings], indent=1))
     else:
@@ -87,6 +87,19 @@ def _devices() -> Finding:
         return Finding("devices", "note", f"no CUDA device; torch {torch.__version__} uses the CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding("devices", "ok", f"{', '.join(names)}; torch {torch.__version__}")
+
+
+def _engines() -> list[Finding]:
+    from actors.engines.environments import environment_dir, read_environment
+    from rlsys.engines import ENGINES
+
+    findings = []
+    for engine, devices in ENGINES.items():
+        for device in devices:
+            found = read_environment(environment_dir(engine, device))
+            text = f"{found.version}, {found.python}" if found else f"not installed: rlsys engines install {engine} --device {device}"
+            findings.append(Finding(f"engine: {engine} {device}", "ok" if found else "note", text))
+    return findings
 
 
 def _packages() -> list[Finding]:

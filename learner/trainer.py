@@ -374,6 +374,8 @@ def follow(node: Node, job: LearnerJob) -> None:
         samples, iteration, step.peak_lr, last, commit = unpack_batch(data)
         node.recorder.enter("train", iteration=iteration)
         step.train(samples, iteration, job.iterations)
+    node.recorder.enter("publish")
+    step.help_publishing(dtype)  # the final model
     node.recorder.enter("waiting:end of run", "learner", "")
     poller.join()
 

@@ -83,14 +83,14 @@ def test_the_final_model_loads_and_differs_from_the_base(config: dict[str, Any],
     assert not (Path("/dev/shm") / f"rlsys-{run.status()['run_id']}").exists()
 
 
-def test_two_ranks_over_tcp_give_the_losses_of_one(config: dict[str, Any], start: Callable[..., Run]) -> None:
+def test_two_sharded_ranks_over_tcp_give_the_losses_of_one(config: dict[str, Any], start: Callable[..., Run]) -> None:
     """One generator, one reward actor and no overlap: the same tokens reach the learner, so the losses must be the same."""
     config["schedule"] = {"name": "synchronous"}
     config["evaluation"] = {"at_start": False, "at_end": False}
     config["iterations"] = 3
     losses = []
-    for ranks, transport in ((1, "ipc"), (2, "tcp")):
-        config["learner"]["ranks"] = ranks
+    for ranks, sharding, transport in ((1, "none", "ipc"), (2, "full", "tcp")):
+        config["learner"] |= {"ranks": ranks, "sharding": sharding}
         config["transport"] = {"kind": transport}
         run = start(config)
         assert run.wait() == 0, run.err

@@ -110,9 +110,11 @@ def _generator(node: Node, config: RunConfig) -> None:
         name=node.spec.name,
         log_dir=Path(node.spec.run_dir) / "logs",
     )
+    # servers of an engine share nothing; engines in this process use the device that is named, maybe together with the learner
+    device = f"{settings.device} of {node.spec.name}" if (settings.engine, settings.device) == ("sglang", "cuda") else settings.device
     engine = resolve(settings.engine, ENGINES, "engine")(options)
     try:
-        Generator(node, engine, config.sampling.group_size, settings.dtype, settings.device).run()
+        Generator(node, engine, config.sampling.group_size, settings.dtype, device).run()
     finally:
         engine.close()
 

@@ -348,7 +348,7 @@ class DispatcherProcess:
         node.gauges = self._gauges
         node.facts = self._facts
         node.progress = lambda: self._dispatcher.groups_issued + self._dispatcher.groups_ended + self._reissued
-        self._training, self._finished = self._dispatcher.groups_issued > 0, False
+        self._training = self._finished = False
 
     def _restore(self) -> bool:
         """Whether an earlier dispatcher of this run has issued anything; then this one is where that was, but for who holds what."""

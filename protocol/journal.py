@@ -8,8 +8,10 @@ What was torn by a crash is cut off when the journal is opened again; a record t
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,16 @@ from pathlib import Path
 import msgpack
 import xxhash
 
-from protocol.errors import JournalError
+from protocol.errors import DataError, JournalError
 
 log = logging.getLogger("rlsys.journal")
 
 _HEAD = struct.Struct("<IQ")
 SEGMENT_BYTES = 256 << 20
 """A new file is begun past this size, so that old ones can be removed whole."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ class Journal:
             return self._segment, self._size
 
     def append(self, frames: Sequence[bytes | memoryview]) -> tuple[int, int]:
-        """Write one record; returns (segment, offset after it). Raises OSError when the disk is full; the record is then not there at all."""
+        """Write one record; returns (segment, offset after it). Raises DataError when the disk is full; the record is then not there at all."""
         body: bytes = msgpack.packb(list(frames), buf_size=256 + sum(map(len, frames)))
         data = _HEAD.pack(len(body), xxhash.xxh3_64_intdigest(body)) + body
         with self._lock:
@@ -67,9 +72,14 @@ class Journal:
             try:
                 while view:
                     view = view[os.write(self._fd, view) :]
-            except OSError:
+            except OSError as error:
                 if self._fd >= 0 and len(view) < len(data):
                     os.ftruncate(self._fd, self._size)  # else the next record would follow half a one
+                if error.errno in NO_ROOM:
+                    free = shutil.disk_usage(self._directory).free / 1e6
+                    raise DataError(
+                        f"{self._directory}: the journal cannot be written ({error.strerror}); {free:.0f} MB are free"
+                    ) from None
                 raise
             self._size += len(data)
             return self._segment, self._size

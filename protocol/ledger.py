@@ -325,12 +325,16 @@ class Ledger:
     def _transaction(self, *, fenced: bool = True) -> Iterator[sqlite3.Connection]:
         """All or nothing. Raises Fenced when this writer has been replaced."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 if fenced and self._writer is not None:
                     self._check_fence(self._writer)
                 yield self._db
                 self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise DataError(f"{self._path}: the ledger cannot be written ({error})") from None
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from protocol.errors import UserError
+from protocol.errors import ConfigError, UserError
 from rlsys import __version__
 
 DESCRIPTION = """Asynchronous reinforcement learning for language models on tasks that a program can check.
@@ -27,7 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     up = _command(commands, "up", _up, "start every process of a run and show live progress until it ends")
-    _config_arguments(up)
+    _config_arguments(up, optional=True)
+    up.add_argument(
+        "--resume", type=Path, metavar="RUN", help="instead of CONFIG: go on with a run that ended early; --set may change fleets"
+    )
     up.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run's files go (default: runs/NAME-TIME)")
     up.add_argument("--detach", action="store_true", help="run in the background; follow it with `rlsys status` and `rlsys logs`")
     up.add_argument(
@@ -57,11 +60,22 @@ def build_parser() -> argparse.ArgumentParser:
     timeline.add_argument("run", type=Path, metavar="RUN", help="run directory")
     timeline.add_argument("--out", type=Path, metavar="DIR", help="where trace.json and report.html go (default: the run directory)")
     timeline.add_argument("--json", action="store_true", help="print where they are, and the seconds of each process, as one JSON object")
+
     audit = _command(
         commands, "audit", _audit, "whether a run, live or finished, lost anything, did anything twice or trained on what was too stale"
     )
     audit.add_argument("run", type=Path, metavar="RUN", help="run directory")
     audit.add_argument("--json", action="store_true", help="for machines")
+
+    replay = _command(commands, "replay", _replay, "train again from a run's journal and compare every loss and the final weights")
+    replay.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    replay.add_argument("--from", type=_count, dest="first", metavar="N", help="start at the newest checkpoint up to iteration N")
+    replay.add_argument("--until", type=_count, metavar="N", help="stop before iteration N (default: all that is on record)")
+    replay.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="what if: another setting on recorded data"
+    )
+    replay.add_argument("--out", type=Path, metavar="DIR", help="write the replayed model there, as a Hugging Face directory")
+    replay.add_argument("--json", action="store_true", help="for machines")
 
     chaos = _command(commands, "chaos", _chaos, "fault rehearsal: kill, stop, slow or cut off processes of a live run by a seeded plan")
     chaos.add_argument("run", type=Path, metavar="RUN", help="run directory")
@@ -197,8 +211,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see configs/")
+def _config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument("config", type=Path, nargs="?" if optional else None, metavar="CONFIG", help="YAML file; see configs/")
     parser.add_argument(
         "--set",
         action="append",
@@ -216,6 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rlsys.roles import run_role
 
         return run_role(given[1])
+    if len(given) == 3 and given[0] == "replay-rank":  # how `rlsys replay` starts its other ranks
+        from learner.replay import replay_rank
+
+        return replay_rank(given[1], int(given[2]))
     parser = build_parser()
     if not given:
         parser.print_help()
@@ -245,8 +263,21 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    from rlsys.commands import up
+    from rlsys.commands import resume, up
 
+    if (options.config is None) == (options.resume is None):
+        raise ConfigError("give either CONFIG or --resume RUN")
+    if options.resume is not None:
+        if options.run_dir is not None:
+            raise ConfigError("--resume RUN names the run directory: leave --run-dir out")
+        return resume(
+            options.resume,
+            options.overrides,
+            detach=options.detach,
+            plain=options.plain or None,
+            as_json=options.json,
+            tensorboard=options.tensorboard,
+        )
     return up(
         options.config,
         options.overrides,
@@ -352,6 +383,12 @@ def _audit(options: argparse.Namespace) -> int:
     from rlsys.commands import audit
 
     return audit(options.run, as_json=options.json)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from rlsys.replay import replay
+
+    return replay(options.run, options.overrides, options.first, options.until, options.out, as_json=options.json)
 
 
 def _chaos(options: argparse.Namespace) -> int:

@@ -70,13 +70,35 @@ def up(
     return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s, tensorboard=tensorboard)
 
 
+def resume(run: Path, overrides: Sequence[str], *, detach: bool, plain: bool | None, as_json: bool, tensorboard: bool = False) -> int:
+    """Go on with a run whose supervisor is gone, or that was ended before its last iteration."""
+    from rlsys.resume import is_done, resumed_config
+
+    config = resumed_config(run, overrides)
+    if is_done(run, config):
+        print(f"{run}: every iteration is done; raise iterations to go on", file=sys.stderr)
+        return 0
+    directory = RunDir(run)
+    if detach:
+        return _detached(config, directory, tensorboard=tensorboard, resume=True)
+    directory.claim(config, resume=True)
+    return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=0.0, tensorboard=tensorboard, resume=True)
+
+
 def _leave(*_: object) -> None:
     """SIGTERM before anything was started: what is being made is cleaned up on the way out."""
     raise SystemExit(143)
 
 
 def _supervise(
-    config: RunConfig, directory: RunDir, *, plain: bool | None, as_json: bool, base_model_s: float, tensorboard: bool = False
+    config: RunConfig,
+    directory: RunDir,
+    *,
+    plain: bool | None,
+    as_json: bool,
+    base_model_s: float,
+    tensorboard: bool = False,
+    resume: bool = False,
 ) -> int:
     from rlsys.board import Board
     from rlsys.progress import Progress
@@ -84,7 +106,7 @@ def _supervise(
     from rlsys.supervisor import Phase, Supervisor
 
     out = sys.stderr if as_json else sys.stdout
-    supervisor = Supervisor(config, directory)
+    supervisor = Supervisor(config, directory, resume=resume)
     supervisor.view.phases.append(Phase("model and data", base_model_s, base_model_s))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: supervisor.stop("stopped", "told to stop"))
@@ -112,7 +134,7 @@ def _supervise(
     return ending.exit_code
 
 
-def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool) -> int:
+def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, resume: bool = False) -> int:
     """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
     directory.make()
     log = directory.logs / "supervisor.log"
@@ -124,8 +146,8 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool) -> int
         for target, source in ((0, null), (1, fd), (2, fd)):
             os.dup2(source, target)
         try:
-            directory.claim(config)
-            code = _supervise(config, directory, plain=True, as_json=False, base_model_s=0.0, tensorboard=tensorboard)
+            directory.claim(config, resume=resume)
+            code = _supervise(config, directory, plain=True, as_json=False, base_model_s=0.0, tensorboard=tensorboard, resume=resume)
         except BaseException as error:
             print(f"rlsys: {error}", file=sys.stderr)
             code = 1

@@ -11,10 +11,11 @@ from rlsys.rundir import read_json
 
 
 def read_iterations(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl that belong to an iteration of training, in order."""
+    """The records of metrics.jsonl that belong to an iteration of training, in order; the last of an iteration that was trained again."""
     path = run_dir / "metrics.jsonl"
     records = read_lines(path) if path.is_file() else []
-    return [record for record in records if "reward/mean" in record]
+    found = {int(record["iteration"]): record for record in records if "reward/mean" in record}
+    return [found[iteration] for iteration in sorted(found)]
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -33,10 +34,11 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         figures["staleness_max"] = max(r["staleness/max"] for r in iterations)
         figures["mixed_share"] = sum(r["staleness/mixed_share"] for r in iterations) / len(iterations)
         figures["overlap"] = overlap(run_dir)
+    here = sum(record.get("time_s", 0.0) >= ended.get("started_s", 0.0) for record in iterations)
     training = next((p for p in figures["parts"] if p["name"] == "training"), None)
-    if training and iterations:
-        figures["s_per_iteration"] = training["wall_s"] / len(iterations)
-        figures["cpu_s_per_iteration"] = training["cpu_s"] / len(iterations)
+    if training and here:
+        figures["s_per_iteration"] = training["wall_s"] / here
+        figures["cpu_s_per_iteration"] = training["cpu_s"] / here
         figures["cpu_share"] = training["cpu_s"] / (training["wall_s"] * (os.cpu_count() or 1))
     return figures
 

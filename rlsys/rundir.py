@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -51,14 +52,20 @@ class RunDir:
         except OSError as error:
             raise ConfigError(f"run directory {self.path}: cannot be made ({error.strerror})") from None
 
-    def claim(self, config: RunConfig) -> None:
-        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use, holds a run, or cannot be written."""
+    def claim(self, config: RunConfig, *, resume: bool = False) -> None:
+        """Lock the directory and write the resolved configuration. Raises ConfigError when it is in use, holds a run, or cannot be written.
+
+        With `resume` it must hold one; the configuration so far is kept as config-<n>.yaml if it differs.
+        """
         self.make()
         try:
             self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._lock()
-            if (self.path / "config.yaml").exists():
+            known = self.path / "config.yaml"
+            if known.exists() and not resume:
                 raise ConfigError(f"run directory {self.path} already holds a run; choose another --run-dir")
+            if known.exists() and known.read_text() != dump_config(config):
+                known.rename(next(p for n in itertools.count(1) if not (p := self.path / f"config-{n}.yaml").exists()))
             os.ftruncate(self._lock_fd, 0)
             os.write(self._lock_fd, str(os.getpid()).encode())
             write_atomically(self.path / "config.yaml", dump_config(config))

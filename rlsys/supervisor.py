@@ -256,7 +256,8 @@ class Supervisor:
                 self._tell("on device", process=process.name, device=process.device)
             control.send(peer, ClockEcho(sent_s=message.sent_s, received_s=received_s, replied_s=now_s()))
         elif isinstance(message, Event):
-            self._on_phase(message)
+            if not self._on_phase(message):
+                return
             if message.name == "guard" and message.data.get("stop"):
                 self.stop("failed", f"guard: {message.data['guard']} at iteration {message.data['iteration']}: {message.data['what']}")
             self.on_event(message)
@@ -351,16 +352,21 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------ showing
 
-    def _on_phase(self, event: Event) -> None:
-        """Wall and CPU time between the events that part a run."""
+    def _on_phase(self, event: Event) -> bool:
+        """Wall and CPU time between the events that part a run. False for an event that a process told again after a restart."""
         if event.name == "eval":  # told again by a dispatcher that came back
+            if event.data in self.view.evaluations:
+                return False
             others = [known for known in self.view.evaluations if known["version"] != event.data["version"]]
             self.view.evaluations[:] = sorted([*others, event.data], key=lambda result: int(result["version"]))
         elif event.name == "training started" and self.view.training_since_s is None:
             self.view.training_since_s = event.time_s
         following = {"training started": "training", "training ended": "final evaluation and end"}.get(event.name)
-        if following and following not in (self._phase, *(phase.name for phase in self.view.phases)):
+        if following and following in (self._phase, *(phase.name for phase in self.view.phases)):
+            return False
+        if following:
             self._next_phase(following)
+        return True
 
     def _next_phase(self, name: str) -> None:
         now, cpu = time.monotonic(), cpu_seconds({p.child.pid for p in self._processes.values()})
@@ -451,6 +457,7 @@ class Supervisor:
                 "epoch": self._epoch,
                 "evaluations": self.view.evaluations,
                 "restarts": self.view.restarts,
+                "iterations": self.config.iterations,
                 "iterations_done": self.view.snapshot.get("iteration", 0),
             }
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))

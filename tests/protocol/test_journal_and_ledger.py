@@ -1,5 +1,6 @@
 """What is on record stays on record."""
 
+import logging
 import sqlite3
 import threading
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import protocol.journal as journal_module
-from protocol.errors import JournalError
-from protocol.journal import Journal, read_journal
-from protocol.ledger import Issue, Ledger
+from protocol.errors import DataError, Fenced, JournalError
+from protocol.journal import Journal, read_journal, read_records, segments
+from protocol.ledger import Issue, Ledger, Writer
 from protocol.messages import GroupOutcome
+from tests.disks import largest_file
 from tests.protocol.examples import example
 
 
@@ -64,6 +66,95 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     data[-2] ^= 4
     path.write_bytes(bytes(data))
     assert list(read_journal(tmp_path)) == []
+
+
+def test_a_torn_tail_is_cut_when_the_journal_is_opened_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.append([b"first"])
+    journal.append([b"second"])
+    journal.close()
+    path = tmp_path / "000000.journal"
+    path.write_bytes(path.read_bytes()[:-2])
+    with caplog.at_level(logging.WARNING):
+        again = Journal(tmp_path)
+    assert "the last 19 bytes were not completely written; the journal ends at its last good record" in caplog.text
+    again.append([b"third"])
+    again.close()
+    assert list(read_journal(tmp_path, strict=True)) == [[b"first"], [b"third"]]
+
+
+def test_a_damaged_record_is_left_out_and_said_and_what_follows_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    ends = [journal.append([word])[1] for word in (b"first", b"second", b"third")]
+    journal.close()
+    path = tmp_path / "000000.journal"
+    data = bytearray(path.read_bytes())
+    data[ends[1] - 1] ^= 1
+    path.write_bytes(bytes(data))
+    damaged: list[int] = []
+    found = [record.frames for record in read_records(tmp_path, 0, lambda _, end: damaged.append(end))]
+    assert found == [[b"first"], [b"third"]]
+    assert damaged == [ends[1]]
+
+
+def test_a_full_disk_leaves_no_half_record(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    _, end = journal.append([b"first"])
+    with largest_file(end + 30), pytest.raises(DataError, match="the journal cannot be written"):
+        journal.append([b"x" * 100])
+    journal.append([b"second"])
+    journal.close()
+    assert list(read_journal(tmp_path, strict=True)) == [[b"first"], [b"second"]]
+
+
+def test_old_segments_go_only_beyond_what_is_kept_and_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 100)
+    journal = Journal(tmp_path)
+    for i in range(6):
+        journal.append([bytes([i]) * 60])
+    assert journal.trim(3, None) == []
+    assert journal.trim(3, 10_000) == []
+    assert journal.trim(3, 0) == [0, 1, 2], "the third is still needed"
+    assert segments(tmp_path) == [3, 4, 5]
+    journal.close()
+
+
+def test_a_replaced_writer_is_fenced(tmp_path: Path) -> None:
+    supervisor = Ledger(tmp_path / "ledger.sqlite")
+    assert [supervisor.next_start("dispatcher", 0, 1) for _ in range(2)] == [1, 2]
+    old = Ledger(tmp_path / "ledger.sqlite", Writer("dispatcher", 0, 1))
+    new = Ledger(tmp_path / "ledger.sqlite", Writer("dispatcher", 0, 2))
+    issue = Issue(group_id=1, attempt=0, iteration=0, purpose="train", problem_id="p", generator="g", issued_s=0.0)
+    with pytest.raises(Fenced, match=r"dispatcher-0@1 has been replaced by dispatcher-0@2"):
+        old.issued([issue])
+    new.issued([issue])
+    assert supervisor.issues() == [issue]
+    supervisor.started("dispatcher", 0, 2, 4711, 99)
+    supervisor.stopped("dispatcher", 0, 1, "was killed by SIGKILL")
+    assert [(s.start, s.pid, s.ticks, s.how) for s in supervisor.starts()] == [(1, 0, 0, "was killed by SIGKILL"), (2, 4711, 99, "")]
+    for ledger in (supervisor, old, new):
+        ledger.close()
+
+
+def test_a_version_appears_with_its_row_or_not_at_all(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+
+    def broken() -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        ledger.publish(1, 0, "ab", broken)
+    assert ledger.versions() == []
+    ledger.publish(1, 0, "ab", lambda: None)
+    assert ledger.versions() == [(1, 0)]
+    ledger.close()
+
+
+def test_a_damaged_ledger_is_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    with pytest.raises(DataError, match=r"ledger\.sqlite: the ledger is damaged"):
+        Ledger(path).check()
 
 
 def outcome(group_id: int) -> GroupOutcome:

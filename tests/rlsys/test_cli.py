@@ -26,6 +26,7 @@ COMMANDS = (
     "why",
     "timeline",
     "audit",
+    "replay",
     "chaos",
     "down",
     "logs",

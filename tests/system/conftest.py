@@ -129,6 +129,12 @@ class Run:
                 pass
         raise AssertionError(f"no {what} within {deadline_s} s; status: {json.dumps(self.status(), indent=1)[:3000]}")
 
+    def until_gone(self, what: Callable[[], Any], name: str, deadline_s: float = 20.0) -> None:
+        """Wait until `what()` gives nothing any more."""
+        end = time.monotonic() + deadline_s
+        while found := what():
+            assert time.monotonic() < end, f"{name} are still there: {found}"
+
     def pids(self) -> dict[str, int]:
         """Process name -> pid."""
         return {p["name"]: p["pid"] for p in self.status().get("processes", [])}

@@ -47,6 +47,14 @@ class FaultyReward(LengthReward):
         return super().score(sample)
 
 
+class SlowReward(LengthReward):
+    """Takes its time, so that kills hit a run in the middle."""
+
+    def score(self, sample: Sample) -> Score:
+        time.sleep(float(self._options["seconds"]))
+        return super().score(sample)
+
+
 class HangingReward(LengthReward):
     """Waits for a file that nobody writes."""
 

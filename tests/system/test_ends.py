@@ -122,7 +122,7 @@ def test_the_supervisors_death_ends_every_process(config: dict[str, Any], start:
     assert "dead" in rlsys("status", str(run.path)).stdout
 
 
-def test_a_hung_process_is_found_and_named(config: dict[str, Any], start: Callable[..., Run]) -> None:
+def test_a_hung_process_is_found_and_named_where_nothing_may_be_restarted(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config["deadlines"]["heartbeat_s"] = 6.0
     config["restarts"] = NO_RESTARTS
     run = start(endless(config))

@@ -13,49 +13,143 @@ from typing import Any
 import pytest
 
 from rlsys.audit import audit_run
-from tests.system.conftest import Run
+from tests.system.conftest import Run, alive, members
 
 ROLES = ("dispatcher", "generator", "rewarder", "learner", "dashboard")
+PROCESSES = ("dispatcher-0", "generator-0", "rewarder-0", "learner-0", "dashboard-0")
 
 
 def surviving(config: dict[str, Any], iterations: int) -> dict[str, Any]:
-    """A run that is killed all the time and may be: the limits are no part of these tests."""
+    """A run that is killed all the time and may be: the limits of restarts are no part of these tests."""
     config["iterations"] = iterations
     config["generators"]["count"] = config["rewarders"]["count"] = 2
     config["restarts"] = {**dict.fromkeys(ROLES, 10_000), "backoff_s": 0.05, "max_backoff_s": 0.5}
     return config
 
 
-def sound(run: Run) -> dict[str, Any]:
+def sound(run: Run, iterations: int) -> dict[str, Any]:
     """The audit of a finished run, which must find nothing, and every group of every iteration ended."""
     result = audit_run(run.path)
     assert (result["lost"], result["doubled"], result["too_stale"]) == (0, 0, 0), json.dumps(result["findings"], indent=1)
     assert result["groups_in_flight"] == 0
+    assert result["iterations"] == iterations
     return result
 
 
-def rehearse(run: Run, *arguments: str) -> dict[str, Any]:
-    """`rlsys chaos` as users call it."""
-    command = [sys.executable, "-P", "-m", "rlsys", "chaos", str(run.path), "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+def command(*arguments: str, timeout_s: float = 1500.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def rehearse(run: Run, kills: int, seed: int, *arguments: str) -> dict[str, Any]:
+    """`rlsys chaos` as users call it; every victim must have come back to work."""
+    done = command("chaos", str(run.path), "--json", "--kills", str(kills), "--seed", str(seed), *arguments)
     assert done.stdout, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-@pytest.mark.parametrize("victim", ["dispatcher-0", "generator-0", "rewarder-0", "learner-0", "dashboard-0"])
-def test_a_killed_process_comes_back_and_the_run_is_whole(config: dict[str, Any], start: Callable[..., Run], victim: str) -> None:
-    iterations = 60
+def killed_all_over(config: dict[str, Any], start: Callable[..., Run], kills: int, iterations: int, seed: int) -> None:
+    """Random kills over all roles while the run goes on. It is long enough for all of them, and then ends by itself."""
     run = start(surviving(config, iterations))
+    run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration", 300)
+    result = rehearse(run, kills, seed, "--pause", "0.2")
+    assert len(result["hits"]) == kills, f"the run was over after {len(result['hits'])} kills; status {run.status().get('iteration')}"
+    assert all(hit["useful_after_s"] is not None for hit in result["hits"]), result["hits"]
+    assert run.wait(600, restarts=True) == 0, run.err
+    record = run.exit_record
+    assert record["outcome"] == "done"
+    assert [restart["identity"] for restart in record["restarts"]] == [hit["identity"] for hit in result["hits"]], "only the killed died"
+    audit = sound(run, iterations)
+    assert audit["states"]["eval evaluated"] == 12
+    assert [evaluation["version"] for evaluation in record["evaluations"]] == [0, iterations]
+
+
+def paced(config: dict[str, Any]) -> dict[str, Any]:
+    """A reward that takes its time, so that a few iterations last as long as a few kills."""
+    config["rewarders"] = {"reward": "tests.system.rewards:SlowReward", "options": {"seconds": 0.1}}
+    return config
+
+
+def test_five_kills_over_all_roles(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    killed_all_over(paced(config), start, kills=5, iterations=40, seed=11)
+
+
+@pytest.mark.faults
+def test_twenty_kills_over_all_roles(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    killed_all_over(paced(config), start, kills=20, iterations=150, seed=12)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_over_all_roles(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    killed_all_over(paced(config), start, kills=200, iterations=1500, seed=13)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", PROCESSES)
+def test_a_killed_process_comes_back_and_the_run_is_whole(config: dict[str, Any], start: Callable[..., Run], victim: str) -> None:
+    run = start(surviving(config, 60))
     run.until(lambda status: status.get("iteration", 0) >= 2, "two iterations")
     os.kill(run.pids()[victim], signal.SIGKILL)
     assert run.wait(200, restarts=True) == 0, run.err
-    record = run.exit_record
-    assert record["outcome"] == "done"
-    assert record["iterations_done"] == iterations or victim == "dashboard-0"
-    assert [restart["name"] for restart in record["restarts"]] == [victim], record["restarts"]
+    assert [restart["name"] for restart in run.exit_record["restarts"]] == [victim]
     assert f"{victim}@1 was killed by SIGKILL; it is started again" in run.out
-    result = sound(run)
-    assert result["iterations"] == iterations
-    assert result["states"]["eval evaluated"] == 12
-    assert [evaluation["version"] for evaluation in record["evaluations"]] == [0, iterations]
+    sound(run, 60)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", ["stop", "partition"])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_hung_or_cut_off_process_is_found_named_and_replaced(
+    config: dict[str, Any], start: Callable[..., Run], role: str, mode: str
+) -> None:
+    config = paced(surviving(config, 60))
+    config["deadlines"]["heartbeat_s"] = 5.0
+    run = start(config)
+    run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
+    result = rehearse(run, 1, 1, "--roles", role, "--mode", mode)
+    [hit] = result["hits"]
+    assert hit["useful_after_s"] is not None
+    assert run.wait(300, restarts=True) == 0, run.err
+    [restart] = run.exit_record["restarts"]
+    assert restart["identity"] == hit["identity"]
+    assert "has been silent for" in restart["how"]
+    assert restart["time_s"] - hit["time_s"] < 5.0 + 5.0, "the deadline, and what a busy machine adds"
+    sound(run, 60)
+
+
+def test_a_dead_supervisor_takes_its_children_along_and_the_run_goes_on_with_another_fleet(
+    config: dict[str, Any], start: Callable[..., Run]
+) -> None:
+    config["iterations"] = 12
+    run = start(paced(config))
+    run.until(lambda status: status.get("iteration", 0) >= 3, "three iterations")
+    pids = set(run.pids().values())
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.wait(30)
+    assert run.exit_record == {}
+    run.until_gone(lambda: members(pids), "children of the dead supervisor")
+    assert not any(alive(pid) for pid in pids)
+
+    refused = command("up", "--resume", str(run.path), "--set", "sampling.group_size=2")
+    assert refused.returncode == 2
+    assert "--set sampling.group_size: cannot change when a run goes on" in refused.stderr
+    resumed = command("up", "--resume", str(run.path), "--set", "generators.count=2", "--plain", timeout_s=300)
+    assert resumed.returncode == 0, resumed.stderr
+    record = run.exit_record
+    assert (record["outcome"], record["epoch"], record["restarts"]) == ("done", 2, [])
+    assert [evaluation["version"] for evaluation in record["evaluations"]] == [0, 12]
+    sound(run, 12)
+    again = command("up", "--resume", str(run.path))
+    assert (again.returncode, "every iteration is done" in again.stderr) == (0, True)
+
+    done = command("audit", str(run.path))
+    assert (done.returncode, "0 lost, 0 doubled, 0 too stale" in done.stdout) == (0, True), done.stdout
+    replayed = command("replay", str(run.path), "--json")
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    result = json.loads(replayed.stdout)
+    assert len(result["iterations"]) == 12
+    assert all(row["equal"] for row in result["iterations"])
+    assert result["weights_equal"] is True
+    changed = json.loads(command("replay", str(run.path), "--json", "--set", "learner.optimizer.lr=0.01", "--until", "4").stdout)
+    assert next(row["equal"] for row in changed["iterations"]), "the first loss comes before any update"
+    assert not all(row["equal"] for row in changed["iterations"])

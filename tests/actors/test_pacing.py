@@ -112,3 +112,10 @@ def test_reordering_takes_its_room_from_the_lead() -> None:
     assert rule.room(0) == 12 - 3
     assert [rule.latest_iteration(0, place) for place in range(10)] == [0, 1, 1, 1, 1, 2, 2, 2, 2, None]
     assert rule.room(7) == 8, "at the end nothing comes later, so all that are left may be issued"
+
+
+def test_over_issue_lengthens_the_line_also_at_the_end() -> None:
+    rule = PacingRule(iterations=9, groups_per_iteration=4, max_staleness=1, over_issue=3)
+    assert [rule.room(version) for version in (0, 7, 8)] == [8 + 3, 8 + 3, 4 + 3]
+    assert [rule.latest_iteration(0, place) for place in (7, 8, 10, 11)] == [1, 1, 1, None], "the surplus is for no later iteration"
+    assert rule.latest_iteration(9, 0) is None, "after the last iteration nothing is issued"

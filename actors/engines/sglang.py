@@ -33,7 +33,7 @@ from actors.engines.lanes import Lane, make_lane
 from actors.engines.sglang_client import Broken, Client, Dead, Ended, Event, Loaded, Stream
 from actors.engines.sglang_options import Options
 from actors.engines.sglang_server import Server, device_kind
-from actors.engines.swaps import Swap, choose_swap, parse_version
+from actors.engines.swaps import FLUSH_SINCE, Swap, choose_swap, parse_version
 from actors.engines.tensors import Shapes, check_shapes, read_shapes
 from protocol.errors import ConfigError, DataError, InfrastructureFault, WeightsError
 from protocol.messages import FinishReason, Span, Version
@@ -96,7 +96,7 @@ class SGLangEngine:
         self._swap: Swap = "abort_resume"
         self._lane: Lane | None = None
         self._sent = 0
-        self._resuming = self._closed = self._ready = False
+        self._resuming = self._closed = self._ready = self._flushes = False
         self._starts = 0
         self._restarts, self._fault = 0, ""
         self._tokens_sampled = self._tokens_prefilled = self._swaps = 0
@@ -384,7 +384,8 @@ class SGLangEngine:
         if self._swap == "abort_resume":
             return self._abort_and_resume(directory, version)
         mode, flush = ("in_place", False) if self._swap == "in_place" else ("retract", self._swap == "retract_flush")
-        flush = flush or self._version is None  # nothing runs yet; a server that served others may hold a cache of theirs
+        if self._version is None and self._flushes:  # a server that served others may hold a cache of theirs
+            mode, flush = "retract", True
         running = bool(self._running)
         started = time.monotonic()
         self._client.pause_watch(True)
@@ -474,6 +475,7 @@ class SGLangEngine:
         about = self._client.call("GET", f"{self._server.url}/server_info", timeout_s=60.0)
         version = str(about.get("version", ""))
         self._swap = choose_swap(self._options.swap, version, not about.get("disable_radix_cache", False))
+        self._flushes = parse_version(version) >= FLUSH_SINCE
         self._lane = make_lane(self._options.lane, self._post, self._engine.device, parse_version(version), int(about.get("tp_size", 1)))
         self._client.take(0.0)  # news of the server before
         self._client.watch(self._server.url, self._server.fault, self._options.silence_s)

@@ -127,6 +127,7 @@ def test_a_stale_prefix_is_found_out_by_the_canary(
                 assert not until_tokens(engine, "flying", 2)
             loaded = intake.load(ready)
             assert bool(loaded.error) == (number == 1 and not good), loaded
+        drain(engine)
         assert intake.quarantined != good
 
 

@@ -162,10 +162,10 @@ class Step:
     def canary(self) -> Canary:
         """Log-probs of a fixed sequence under the present parameters, for generators to compare theirs with.
 
-        In float32 whatever the training type, unless layers are gathered in bfloat16. With sharding all ranks must ask side by side.
+        In float32 whatever the training type, unless layers are gathered, or frozen ones held, in bfloat16. With sharding all ranks must ask side by side.
         """
         ids = canary_ids(self.model.vocabulary)
-        half = self.sharded and self.model.autocast
+        half = self.model.autocast and (self.sharded or self.model.lora is not None)
         with self.group.named("canary"):
             logprobs = self.model.sequence_logprobs(ids, PROMPT_TOKENS, half=half)
             forget_forward(self.model.policy)

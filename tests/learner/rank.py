@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -135,8 +136,15 @@ def main(path: Path) -> int:
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return next((1 for code in codes if code), 0)
+    failed = 0
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status and not failed:
+            failed = 1
+            for other in children:  # they would wait for it
+                os.kill(other, signal.SIGKILL)
+    return failed
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def test_the_frozen_model_is_the_reference(model_dir: Path) -> None:
 def test_frozen_matrices_in_bfloat16_change_no_result(model_dir: Path) -> None:
     step = make_step(model_dir, dtype="bfloat16", gradient_checkpointing=True)
     frozen = step.model.network.model.layers[0].mlp.up_proj.base_layer.weight
+    assert step.canary().dtype == "bfloat16"
     assert frozen.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in step._parameters)
     plain = make_step(model_dir, dtype="bfloat16")
     for module in plain.model.network.modules():

@@ -162,7 +162,8 @@ class Step:
     def canary(self) -> Canary:
         """Log-probs of a fixed sequence under the present parameters, for generators to compare theirs with.
 
-        In float32 whatever the training type, unless layers are gathered, or frozen ones held, in bfloat16. With sharding all ranks must ask side by side.
+        In float32 whatever the training type, unless layers are gathered, or frozen ones held, in bfloat16.
+        With sharding all ranks must ask side by side.
         """
         ids = canary_ids(self.model.vocabulary)
         half = self.model.autocast and (self.sharded or self.model.lora is not None)

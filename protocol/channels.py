@@ -84,6 +84,10 @@ CHANNELS = {
 
 _NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # as integers: arithmetic on enums costs more than a small send
 _READABLE = int(zmq.POLLIN)
+AT_ONCE = 4096
+"""Messages that one call takes from a socket: a few milliseconds of decoding, more than a busy channel gathers between two polls."""
+MAX_FRAME_BYTES = 128 << 20
+"""A larger frame ends the connection that it came on, before it takes memory: twice what the largest message needs."""
 HIGH_WATER_MARK = 10_000
 """Messages a socket queues per peer. Credits keep every data channel far below; reaching it is reported, not waited for."""
 
@@ -111,6 +115,8 @@ class Transport:
     keys: Keys | None = None
     context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     opened: list[zmq.Socket[bytes]] = field(default_factory=list)
+    epoch: int = 0
+    """Of the run; a Hello of another one is refused. 0 takes all."""
     severed: threading.Event = field(default_factory=threading.Event)
 
     def cut(self) -> None:
@@ -216,6 +222,9 @@ class _Socket:
             message = decode(frames, self._run, peer)
             if not isinstance(message, allowed):
                 raise WireError(f"{type(message).__name__} from {peer}: not a message of channel {self.channel}")
+            fault = self._fault(message, peer)
+            if fault:
+                raise WireError(f"{type(message).__name__} from {peer}: {fault}")
             return message
         except WireError as error:
             self.refused += 1
@@ -223,6 +232,10 @@ class _Socket:
                 self._last_refusal_s = time.monotonic()
                 log.warning("refused on %s (%d so far): %s", self.channel, self.refused, error)
             return None
+
+    def _fault(self, message: m.Message, peer: str) -> str:
+        """Why this peer may not say that here; empty if it may."""
+        return ""
 
     def close(self) -> None:
         """Close at once; what was not sent is lost, which delivery allows for."""
@@ -236,20 +249,40 @@ class Endpoint(_Socket):
         super().__init__(transport, channel, zmq.PULL if CHANNELS[channel].one_way else zmq.ROUTER)
         if not self.spec.one_way:
             self.socket.router_mandatory = True
+        self.socket.maxmsgsize = MAX_FRAME_BYTES
+        self._epoch = transport.epoch
         address = transport.bind_address(name)
         transport.secure(self.socket, address, server=True)
         self.socket.bind(address)
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def receive(self) -> Iterator[tuple[str, m.Message]]:
-        """All messages that have arrived, with their senders' identities. Refused ones are counted and logged."""
+        """Messages that have arrived, with their senders' identities. Refused ones are counted and logged.
+
+        At most AT_ONCE, so that a peer that floods its socket cannot keep the process from everything else; the next poll returns at once.
+        """
         if self._quiet():
             return
-        while (frames := self._frames()) is not None:
+        for _ in range(AT_ONCE):
+            frames = self._frames()
+            if frames is None:
+                return
             peer = "" if self.spec.one_way else frames.pop(0).decode("utf-8", "replace")
             message = self._read(frames, self.spec.up, peer or "a peer")
             if message is not None:
                 yield peer, message
+
+    def _fault(self, message: m.Message, peer: str) -> str:
+        """Why this peer may not say that here: it is of a role that has no business on this channel, of another epoch, or lies about its name."""
+        role = peer.partition("@")[0].rpartition("-")[0]
+        if not self.spec.one_way and role not in self.spec.connectors:
+            return f"{role or 'nobody'} has no business on channel {self.channel}"
+        if isinstance(message, m.Hello):
+            if (message.role, message.identity) != (role, peer):
+                return f"it says that it is {message.role} {message.identity}"
+            if self._epoch and message.epoch != self._epoch:
+                return f"it is of epoch {message.epoch}, this is epoch {self._epoch}"
+        return ""
 
     def send(self, peer: str, message: m.Message) -> bool:
         """Send to one peer. False when it is gone; a full queue raises WireError, because credits should have prevented it."""

@@ -67,7 +67,7 @@ class ProcessSpec:
         """How this process binds and connects."""
         keys_file = Path(self.run_dir) / "keys.json"
         keys = Keys(*(json.loads(keys_file.read_text())[k].encode() for k in ("public", "secret"))) if keys_file.exists() else None
-        return Transport(int(self.run_id, 16), Path(self.socket_dir) if self.socket_dir else None, self.host, keys)
+        return Transport(int(self.run_id, 16), Path(self.socket_dir) if self.socket_dir else None, self.host, keys, epoch=self.epoch)
 
 
 class Node:

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,36 @@ def test_every_channel_joins_roles_that_exist() -> None:
         assert {channel.binder, *channel.connectors} <= roles
         assert channel.up
         assert channel.one_way == (not channel.down)
+
+
+def test_a_peer_says_only_what_its_role_may_under_its_own_name_and_epoch(transport: Transport) -> None:
+    server = Endpoint(replace(transport, epoch=2), "completions", "completions")
+    cases = {
+        "rewarder-0@1": Hello(role="rewarder", index=0, identity="rewarder-0@1", epoch=2),
+        "generator-1@1": Hello(role="generator", index=0, identity="generator-0@1", epoch=2),
+        "generator-2@1": Hello(role="generator", index=2, identity="generator-2@1", epoch=1),
+        "generator-3@1": Hello(role="generator", index=3, identity="generator-3@1", epoch=2),
+    }
+    for identity, message in cases.items():
+        Link(transport, "completions", identity, server.address, "rewarder-0@1").send(message)
+    got: list[str] = []
+    deadline = time.monotonic() + 20
+    while server.refused < 3 or not got:
+        got += [peer for peer, _ in server.receive()]
+        assert time.monotonic() < deadline, (server.refused, got)
+    assert got == ["generator-3@1"]
+    assert server.refused == 3
+
+
+def test_one_call_takes_no_more_than_its_share(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.channels.AT_ONCE", 10)
+    server = Endpoint(transport, "tasks", "tasks")
+    link = Link(transport, "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    for _ in range(35):
+        link.send(hello("generator-0@1"))
+    sizes: list[int] = []
+    deadline = time.monotonic() + 20
+    while sum(sizes) < 35:
+        sizes.append(len(list(server.receive())))
+        assert time.monotonic() < deadline
+    assert max(sizes) <= 10

@@ -89,7 +89,7 @@ def of_state(gigabytes: float) -> dict[str, float]:
         ledger = Ledger(Path(directory) / "ledger.sqlite")
         committer = Committer(Path(directory) / "checkpoints", CommitPolicy(1), ledger=ledger)
         state: Any = State()
-        alone = statistics.median(step() for _ in range(400))
+        alone = statistics.median(step() for _ in range(50))
         started = time.monotonic()
         committer.begin(state, 1, Pending(0, (), (0, 0), 0))
         stood_s = time.monotonic() - started

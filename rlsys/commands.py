@@ -163,6 +163,10 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, resume
     return 0
 
 
+SILENT_S = 30.0
+"""The supervisor writes status.json every second; so long without it means that it hangs."""
+
+
 def status(run: Path, *, as_json: bool) -> int:
     """What the supervisor last wrote, and whether it still lives."""
     content = read_json(run / "status.json")
@@ -173,12 +177,19 @@ def status(run: Path, *, as_json: bool) -> int:
         content["state"], content["ending"] = ended["outcome"], ended
     elif holder(run) is None:
         content["state"] = "dead"
+    silent_s = time.time() - content["time_s"]
+    hung = content["state"] == "running" and silent_s > SILENT_S
     if as_json:
-        print(json.dumps(content, indent=1))
+        print(json.dumps({**content, "supervisor_silent_s": round(silent_s, 1)}, indent=1))
         return 0
     print(f"{content['run_dir']}: {content['state']}" + (f" ({ended['reason']})" if ended and ended["reason"] else ""))
     if content["state"] == "dead":
         print("  the supervisor is gone without an exit.json; its processes ended with it")
+    if hung:
+        print(f"  the supervisor (pid {content['pid']}) has been silent for {silent_s:.0f} s: nobody watches or replaces the others")
+    if content.get("restarts"):
+        newest = content["restarts"][-1]["how"]
+        print(f"  {len(content['restarts'])} restarts, the newest: {newest}")
     last = content.get("last") or {}
     if last:
         print(

@@ -458,7 +458,7 @@ class Supervisor:
                 "evaluations": self.view.evaluations,
                 "restarts": self.view.restarts,
                 "iterations": self.config.iterations,
-                "iterations_done": self.view.snapshot.get("iteration", 0),
+                "iterations_done": self.config.iterations if ending.outcome == "done" else self.view.snapshot.get("iteration", 0),
             }
             write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
             write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from learner import attention
+from learner import attention, flex
 from learner.logprobs import capped_logits, head_logprobs
 from learner.lora import add_adapters, merged_tensors, without_adapters
 from learner.optimizers import Trained
@@ -58,6 +58,8 @@ class CausalModel:
             raise DataError(f"no causal language model can be read from {directory}: {error}") from error
         self.network.eval()
         self._attention: str = self.network.config._attn_implementation  # eager where transformers has nothing else (caps of Gemma 2)
+        on_gpu = device.type == "cuda" and dtype != "float64" and self.shares_prompts
+        self.packed_attention: Literal["flex", "dense mask"] = "flex" if on_gpu else "dense mask"
         self.head: nn.Linear = self.network.get_output_embeddings()
         self._check_head(directory)
         self.lora = lora
@@ -79,7 +81,9 @@ class CausalModel:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether the shared layout can run: all layers attend to everything before them, by plain products and rotary positions."""
+        """Whether attention may be our own (shared prompts, packed rows): all layers attend to everything before them, by plain products
+        and rotary positions.
+        """
         config = self.network.config.get_text_config()
         if self._attention != "sdpa":
             return False
@@ -135,6 +139,9 @@ class CausalModel:
         if batch.blocks is not None:
             self.network.config._attn_implementation = attention.NAME
             arguments["block_plan"] = self._block_plan(batch.blocks, batch.input_ids.shape[1])
+        elif batch.position_ids is not None and self.packed_attention == "flex":
+            self.network.config._attn_implementation = flex.NAME
+            arguments["document_mask"] = flex.block_mask(batch.position_ids, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             found: tuple[Tensor, Tensor] = self.policy(
                 arguments, place(batch.hidden_T), place(batch.targets_T), place(batch.temperature_T), entropy_gradient=entropy_gradient

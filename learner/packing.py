@@ -137,20 +137,20 @@ Rows = list[list[int]]
 """Places of the samples in each row of a micro-batch."""
 
 
-def plan(lengths: Sequence[int], budget: int, layout: Layout) -> list[Rows]:
+def plan(lengths: Sequence[int], budget: int, layout: Layout, pack_tokens: int | None = None) -> list[Rows]:
     """Micro-batches of rows of places in `lengths`, each of at most `budget` padded tokens (or one sample, if that is longer).
 
-    Sorted rows hold one sample each. Packed rows hold several and are filled first-fit, longest first.
+    Sorted rows hold one sample each. Packed rows hold several and are filled first-fit, longest first, up to `pack_tokens` (PACK_TOKENS).
     """
     order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: (-lengths[i], i))
     if layout == "sorted":
         return _sorted_rows(order, lengths, budget)
-    return _packed_rows(order, lengths, budget)
+    return _packed_rows(order, lengths, budget, PACK_TOKENS if pack_tokens is None else pack_tokens)
 
 
-def emptiest(lengths: Sequence[int], budget: int) -> Layout:
+def emptiest(lengths: Sequence[int], budget: int, pack_tokens: int | None = None) -> Layout:
     """The layout with fewer padded tokens; sorted if they are within 10 %, since its attention needs no mask."""
-    in_sorted, in_packed = (sum(padded_tokens(rows, lengths) for rows in plan(lengths, budget, layout)) for layout in LAYOUTS)
+    in_sorted, in_packed = (sum(padded_tokens(rows, lengths) for rows in plan(lengths, budget, layout, pack_tokens)) for layout in LAYOUTS)
     return "sorted" if in_sorted <= 1.1 * in_packed else "packed"
 
 
@@ -168,11 +168,11 @@ def _sorted_rows(order: list[int], lengths: Sequence[int], budget: int) -> list[
     return batches
 
 
-def _packed_rows(order: list[int], lengths: Sequence[int], budget: int) -> list[Rows]:
-    """First-fit decreasing into rows of the longest sample's length or PACK_TOKENS, whichever is more."""
+def _packed_rows(order: list[int], lengths: Sequence[int], budget: int, pack_tokens: int) -> list[Rows]:
+    """First-fit decreasing into rows of the longest sample's length or `pack_tokens`, whichever is more."""
     if not order:
         return []
-    capacity = max(lengths[order[0]], min(PACK_TOKENS, budget))
+    capacity = max(lengths[order[0]], min(pack_tokens, budget))
     rows: Rows = []
     room: list[int] = []
     for i in order:
@@ -188,7 +188,7 @@ def _packed_rows(order: list[int], lengths: Sequence[int], budget: int) -> list[
 
 
 PACK_TOKENS = 512
-"""Length of a packed row: the block mask is dense, so attention costs its square; ahead of sorted rows on a CPU for samples of 20-400 tokens."""
+"""Length of a packed row under a dense mask: attention costs its square; ahead of sorted rows on a CPU for samples of 20-400 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,6 +84,7 @@ class Step:
             lora=settings.lora,
             **shared,
         )
+        log.info("attention on %s: sdpa for rows of one sample, %s for packed rows", device.type, self.model.packed_attention)
         self.sharded = self.model.sharded
         self._loss = Loss(settings)
         self._reference: CausalModel | None = None
@@ -245,13 +246,14 @@ class Step:
         lengths = [samples[i].length for i in useful]
         layout = self.settings.layout
         blocks = self.model.device.type == "cpu" and self.model.shares_prompts and max(lengths) <= SHARED_LONGEST
+        row = budget if self.model.packed_attention == "flex" else None  # blocks without a border of samples cost nothing: one long row
         if layout == "auto":
-            layout = "shared" if blocks else emptiest(lengths, budget)
+            layout = "shared" if blocks else emptiest(lengths, budget, row)
         if layout == "shared" or (layout == "packed" and blocks):
             parts = plan_shared(samples, useful, budget, self.group.size, self.group.rank, share=layout == "shared")
             return [_Work(build_shared(weighted, units)) for units in parts]
         mine = [useful[place] for place in assign(lengths, self.group.size)[self.group.rank]]
-        plans = plan([samples[i].length for i in mine], budget, layout)
+        plans = plan([samples[i].length for i in mine], budget, layout, row)
         return [_Work(build(weighted, [[mine[place] for place in row] for row in rows])) for rows in plans]
 
     def _update(self, weighted: Weighted, work: list[_Work], tally: Tally, *, first: bool) -> tuple[list[_Work], list[Skipped]]:

@@ -69,6 +69,12 @@ RESHARDED = [
     ((2, "full"), (2, "full")),
     ((4, "full"), (2, "none")),
 ]
+EXTREMES = {"ratio_max", "correction_max"}
+EXTREME_TOLERANCE = 3e-5
+"""In float32, of the one token whose ratio or weight is the largest: exp of a difference of log-probs, so rounding that a mean over all tokens
+averages away shows in full (1.4e-5 was seen after some updates). Every other metric, losses and norms among them, has to agree to 1e-5."""
+PARAMETER_TOLERANCE = 2e-5
+"""In float32, after five updates (1.1e-5 was seen): AdamW divides a gradient by its own size, so rounding in small ones moves weights in full."""
 EXPLOSIVE = {"objective": "tests.learner.test_step:explosive"}
 
 
@@ -91,6 +97,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
             changes = settings(dtype, sharding=sharding)
             name = f"{name_of(dtype, source)}-to-{name_of(dtype, (size, sharding))}"
             jobs.append({"name": name, "size": size, "settings": changes, "counts": COUNTS[SAVED_AT:], "first": SAVED_AT, "load": load})
+    for size, sharding in GROUPS:
+        once = settings("float32", sharding=sharding)
+        jobs.append({"name": f"once-{name_of('float32', (size, sharding))}", "size": size, "settings": once, "counts": COUNTS[:1]})
     untied = settings("float64", sharding="full", kl={"coefficient": 0.1}, gradient_checkpointing=True)
     for size in (1, 2):
         jobs.append({"name": f"options-{size}", "size": size, "settings": untied, "counts": COUNTS})
@@ -128,19 +137,41 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str
 
 
 @pytest.mark.parametrize("group", GROUPS[1:])
-@pytest.mark.parametrize(("dtype", "tolerance", "metric_tolerance"), [("float64", 1e-9, 1e-9), ("float32", 1e-4, 3e-5)])
-def test_ranks_train_as_one(found: dict[str, Found], dtype: str, tolerance: float, metric_tolerance: float, group: tuple[int, str]) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_ranks_train_as_one(found: dict[str, Found], dtype: str, tolerance: float, group: tuple[int, str]) -> None:
     """Losses, norms of gradients and parameters after five iterations, replicated and sharded."""
     alone, together = found[name_of(dtype, GROUPS[0])], found[name_of(dtype, group)]
     for one in together.ranks:
         assert one["payload"] == b"\x00from rank 0\xff".hex() and one["empty"] == ""
         assert one["digest"] == together.ranks[0]["digest"]
-        assert one["canary"] == pytest.approx(alone.ranks[0]["canary"], abs=max(1e-6, tolerance))
+        assert one["canary"] == pytest.approx(alone.ranks[0]["canary"], rel=tolerance, abs=1e-6)
     for values, expected in zip(together.values, alone.values, strict=True):
-        assert values == pytest.approx(expected, rel=metric_tolerance, abs=1e-7)
+        extremes = expected.keys() & EXTREMES if dtype == "float32" else set()
+        for names, bound in ((expected.keys() - extremes, tolerance), (extremes, EXTREME_TOLERANCE)):
+            assert {n: values[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=bound, abs=1e-7)
+        assert values.keys() == expected.keys()
     assert together.state.keys() == alone.state.keys()
     for name, tensor in alone.state.items():
-        torch.testing.assert_close(together.state[name], tensor, rtol=tolerance, atol=tolerance)
+        if dtype == "float64":
+            torch.testing.assert_close(together.state[name], tensor, rtol=tolerance, atol=tolerance)
+        elif name.startswith("model."):
+            assert distance(together.state[name], tensor) <= PARAMETER_TOLERANCE, name
+
+
+@pytest.mark.parametrize("group", GROUPS[1:])
+def test_gradients_of_ranks_are_those_of_one_in_float32(found: dict[str, Found], group: tuple[int, str]) -> None:
+    """After one update from zero AdamW's first moment is the clipped gradient, times 1 - beta."""
+    alone, together = (found[f"once-{name_of('float32', one)}"] for one in (GROUPS[0], group))
+    assert together.values[0] == pytest.approx(alone.values[0], rel=1e-5, abs=1e-7)
+    gradients = [name for name in alone.state if name.startswith("optimizer.exp_avg.")]
+    assert len(gradients) == sum(name.startswith("model.") for name in alone.state) > 10
+    for name in gradients:
+        assert alone.state[name].norm() > 0 and distance(together.state[name], alone.state[name]) <= 1e-5, name
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference by the norm of what is expected. Number by number, those that cancel to nearly 0 would be all rounding."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def test_sharded_ranks_hold_their_part(found: dict[str, Found]) -> None:

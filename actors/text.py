@@ -27,9 +27,14 @@ class Text:
         except Exception as error:  # the library raises bare Exceptions for files that it cannot read
             raise DataError(f"{path}: not a tokenizer ({error})") from None
         self._model_dir = model_dir
+        self._templates: Any = None
 
     def encode_prompts(self, prompts: Sequence[str], template: str, chat: bool) -> list[npt.NDArray[np.int32]]:
-        """Prompt ids [prompt tokens] of each prompt, inside the template or the model's chat template."""
+        """Prompt ids [prompt tokens] of each prompt, inside the template or, with `chat`, in the model's own chat template.
+
+        A chat's prompt ends where the assistant's turn begins, with all that the template puts there (such as `<think>` and a newline). That
+        text belongs to the prompt: the completion, and so the reward, starts after it.
+        """
         texts = self._chat(prompts) if chat else [template.replace("{prompt}", prompt) for prompt in prompts]
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
@@ -39,15 +44,21 @@ class Text:
         return text
 
     def _chat(self, prompts: Sequence[str]) -> list[str]:
-        from transformers import AutoTokenizer  # only models that are prompted by a chat template need it
+        from jinja2 import TemplateError
 
-        tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
-        if not tokenizer.chat_template:
+        if self._templates is None:
+            from transformers import PreTrainedTokenizerFast  # takes most of a second; unlike AutoTokenizer it brings no torch
+
+            self._templates = PreTrainedTokenizerFast.from_pretrained(self._model_dir, local_files_only=True)  # only renders
+        if not self._templates.chat_template:
             raise DataError(f"{self._model_dir}: data.chat is set, but the tokenizer has no chat template")
-        return [
-            tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-            for prompt in prompts
-        ]
+        try:
+            return [
+                self._templates.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+                for prompt in prompts
+            ]
+        except TemplateError as error:  # not in the language, or it refuses a chat of one turn of the user
+            raise DataError(f"{self._model_dir}: the chat template cannot render a prompt ({error})") from None
 
 
 def stop_token_ids(model_dir: Path) -> list[int]:

@@ -29,6 +29,9 @@ ADVANTAGES = {
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+DRAWN = 4
+"""k of pass@k, if not given."""
+
 STD_FLOOR = 1e-4
 """Added to a standard deviation before dividing by it, as in TRL: scores that differ by rounding alone stay near 0."""
 
@@ -90,11 +93,14 @@ def reinforce_pp_baseline(scores_N: FloatArray, group_ids_N: IntArray) -> FloatA
     return _normalised(_centred(scores_N, _places(group_ids_N)))
 
 
-def pass_at_k(scores_N: FloatArray, group_ids_N: IntArray, *, k: Annotated[int, Field(ge=1)] = 4, solved_from: float = 1.0) -> FloatArray:
+def pass_at_k(
+    scores_N: FloatArray, group_ids_N: IntArray, *, k: Annotated[int, Field(ge=1)] = DRAWN, solved_from: float = 1.0
+) -> FloatArray:
     """The advantage of a sample when the reward is whether one of k samples, drawn from the group without putting back, is right.
 
     With n samples, n_wrong of them below `solved_from`, and P = 1 - C(n_wrong, k) / C(n, k), s = sqrt(P (1 - P)):
-    right (1 - P) / s, wrong (1 - P - C(n_wrong - 1, k - 1) / C(n - 1, k - 1)) / s; all 0 where s is 0. k is at most the group's size.
+    right (1 - P) / s, wrong (1 - P - C(n_wrong - 1, k - 1) / C(n - 1, k - 1)) / s; all 0 where s is 0.
+    A group of which fewer than k samples were scored counts as pass@n; a k above `sampling.group_size` is refused before a run.
     Source: Pass@k Training (Chen et al. 2025), eq. 14 and 15; k = 1 is GRPO with the deviation of a population (n).
     """
     group_N = _places(group_ids_N)

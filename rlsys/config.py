@@ -27,6 +27,7 @@ from actors.settings import (
     Settings,
     StageSettings,
 )
+from learner.advantages import DRAWN
 from learner.settings import LearnerSettings
 from protocol.errors import ConfigError
 from rlsys.guards import GuardSettings
@@ -144,6 +145,12 @@ class RunConfig(Settings):
         if weights is not None and list(weights) != [self.rewarders.reward]:
             raise ValueError(
                 f"learner.reward_weights names {', '.join(weights) or 'nothing'}, but scores have the part {self.rewarders.reward}"
+            )
+        drawn = self.learner.advantage_options.get("k", DRAWN)
+        if self.learner.advantage == "pass_at_k" and drawn > sampling.group_size:
+            raise ValueError(
+                f"learner.advantage 'pass_at_k' draws k = {drawn} samples from a group (learner.advantage_options.k, {DRAWN} if not given), but "
+                f"sampling.group_size is {sampling.group_size}: choose a k of at most {sampling.group_size}, or larger groups"
             )
         minimum = self.learner.min_samples
         if minimum is not None and minimum > sampling.group_size:

@@ -139,7 +139,7 @@ def _check_model(config: RunConfig, train: list[Problem]) -> None:
     reference = config.learner.kl.reference
     if reference is not None and config.learner.kl.coefficient > 0 and not Path(reference).is_dir():
         raise DataError(f"learner.kl.reference is {reference}: no such directory; expected a Hugging Face model directory")
-    if train and not config.data.chat:  # a chat template needs a heavy library: there the dispatcher finds out
+    if train:
         _check_prompts(config, text, train, limit)
 
 
@@ -150,7 +150,7 @@ def _check_prompts(config: RunConfig, text: Text, problems: list[Problem], limit
     longest = min(longest, sampling.max_prompt_tokens or longest)
     for start in range(0, len(problems), PROMPTS_AT_ONCE):
         prompts = [problem.prompt for problem in problems[start : start + PROMPTS_AT_ONCE]]
-        if any(0 < len(ids) <= longest for ids in text.encode_prompts(prompts, config.data.prompt_template, chat=False)):
+        if any(0 < len(ids) <= longest for ids in text.encode_prompts(prompts, config.data.prompt_template, config.data.chat)):
             return
     raise DataError(
         f"{config.data.train}: every prompt is longer than {longest} tokens, which is what context and sampling.max_tokens leave for it"

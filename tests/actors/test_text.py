@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
+from actors.rewards import Sample
+from actors.rewards.math_answer import MathAnswer
 from actors.text import Text, context_length, stop_token_ids
 from protocol.errors import DataError
 from tests.directories import WORDS, tokenizer_directory
@@ -43,6 +49,70 @@ def test_a_chat_template_is_the_models_own(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     [ids] = Text(directory).encode_prompts(["w1 w2"], "ignored {prompt}", chat=True)
     assert [WORDS[i] for i in ids] == ["<bos>", "w1", "w2", "w7"]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+PREFILLED = "<|im_start|>assistant\n<think>\n"
+
+
+@pytest.fixture
+def chat_directory(tmp_path: Path) -> Path:
+    """A tokenizer of bytes with the tags of ChatML: the turns' tags are special, those of thinking are not, as in Qwen3."""
+    tokenizer = Tokenizer(BPE({symbol: i for i, symbol in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    directory = tmp_path / "chat"
+    directory.mkdir()
+    save_chat_tokenizer(tokenizer, directory, CHATML)
+    return directory
+
+
+def save_chat_tokenizer(tokenizer: Tokenizer, directory: Path, template: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+
+
+def test_a_prefilled_think_tag_is_the_end_of_the_prompt(chat_directory: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(chat_directory / "tokenizer.json"))
+    prompts = ["What is 6 x 7?", "{prompt} <|im_end|>\n"]
+    found = Text(chat_directory).encode_prompts(prompts, "ignored {prompt}", chat=True)
+    for prompt, ids in zip(prompts, found, strict=True):
+        written = f"<|im_start|>user\n{prompt}<|im_end|>\n{PREFILLED}"
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == written
+        assert ids.tolist() == tokenizer.encode(written, add_special_tokens=False).ids and ids.dtype == np.int32
+    start, think = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<think>")
+    newline, assistant = tokenizer.encode("\n").ids, tokenizer.encode("assistant").ids
+    assert found[0].tolist()[-len(assistant) - 4 :] == [start, *assistant, *newline, think, *newline]
+    assert (found[0] == start).sum() == 2, "no second start of text or of the turn"
+
+
+@pytest.mark.parametrize(("think", "score"), [("opened_by_prompt", 1.25), ("written", 0.5)])
+def test_the_reward_reads_what_was_sampled_and_not_what_the_template_prefilled(chat_directory: Path, think: str, score: float) -> None:
+    """The tag stands in the prompt: a reward that looks for a think block is told so by its own option."""
+    tokenizer = Tokenizer.from_file(str(chat_directory / "tokenizer.json"))
+    sampled = tokenizer.encode("6 x 7 = 42\n</think>\n\nIt is \\boxed{42}.<|im_end|>").ids
+    text = Text(chat_directory).decode(np.array(sampled, np.int32))
+    assert text == "6 x 7 = 42\n</think>\n\nIt is \\boxed{42}."
+    reward = MathAnswer({"think": think, "think_bonus": 0.25, "think_penalty": 0.5})
+    try:
+        sample = Sample(problem={"id": "p", "prompt": "What is 6 x 7?", "answer": "42"}, completion=text, truncated=False)
+        assert reward.score(sample).value == score
+    finally:
+        reward.close()
+
+
+def test_a_chat_template_that_refuses_a_prompt_is_one_sentence(chat_directory: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(chat_directory / "tokenizer.json"))
+    save_chat_tokenizer(tokenizer, chat_directory, "{{ raise_exception('a system turn comes first') }}")
+    with pytest.raises(DataError, match=r"chat: the chat template cannot render a prompt .a system turn comes first"):
+        Text(chat_directory).encode_prompts(["w1"], "{prompt}", chat=True)
 
 
 @pytest.mark.parametrize(("eos", "expected"), [(2, [2]), ([2, 5], [2, 5])])

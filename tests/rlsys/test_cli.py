@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,14 +92,24 @@ def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_checking_every_shipped_configuration_needs_no_heavy_library(tmp_path: Path) -> None:
-    """Those for GPUs name model and problems by MODEL and TRAIN: any of a long enough context will do."""
+    """Those for GPUs name model and problems by MODEL and TRAIN: any of a long enough context will do. Recipes name what users bring."""
     files = minimal(tmp_path)
     model = Path(files["model"]["path"])
     (model / "config.json").write_text(json.dumps({**json.loads((model / "config.json").read_text()), "max_position_embeddings": 131072}))
-    configs = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("sft"))
-    done = check_and_list_heavy_imports(*configs, MODEL=str(model), TRAIN=files["data"]["train"])
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "w1 {{ messages[0].content }} w5"}))
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    written = "".join(path.read_text() for path in (tmp_path / "configs").glob("*.yaml"))
+    for name in set(re.findall(r"models/[\w.-]+", written)):
+        shutil.copytree(model, tmp_path / "configs" / name)
+    for name in re.findall(r"data/[\w-]+\.jsonl", written):
+        if not (place := tmp_path / "configs" / name).exists():
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(files["data"]["train"], place)
+    (tmp_path / "my_rewards.py").write_text("from actors.rewards.math_answer import MathAnswer as MathOrCode\n")
+    configs = sorted(str(path) for path in (tmp_path / "configs").glob("*.yaml") if not path.name.startswith("sft"))
+    done = check_and_list_heavy_imports(*configs, MODEL=str(model), TRAIN=files["data"]["train"], PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY", "transformers"], "chat templates need its tokenizers, but no torch"
     assert done.stdout.count(": ok") == len(configs) > 0
 
 
@@ -136,6 +148,19 @@ def with_prompts_too_long(content: dict[str, Any], tmp_path: Path) -> None:
     content["model"]["max_context"] = 9
 
 
+def with_chats_too_long(content: dict[str, Any], tmp_path: Path) -> None:
+    """The prompts alone would fit."""
+    content["data"]["chat"] = True
+    content["model"]["max_context"] = 13
+    settings = {"chat_template": "w1 w2 w3 w4 {{ messages[0].content }} w5"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def with_chats_without_a_template(content: dict[str, Any], tmp_path: Path) -> None:
+    content["data"]["chat"] = True
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+
+
 def with_a_context_too_large(content: dict[str, Any], tmp_path: Path) -> None:
     content["model"]["max_context"] = 65
 
@@ -162,6 +187,8 @@ BAD: list[tuple[Callable[[dict[str, Any], Path], None], str]] = [
     (without_tokenizer, "{dir}/model: no tokenizer.json"),
     (with_a_broken_line, "{dir}/train.jsonl, line 5: not JSON"),
     (with_prompts_too_long, "{dir}/train.jsonl: every prompt is longer than 1 tokens"),
+    (with_chats_too_long, "{dir}/train.jsonl: every prompt is longer than 5 tokens"),
+    (with_chats_without_a_template, "{dir}/model: data.chat is set, but the tokenizer has no chat template"),
     (with_a_context_too_large, "model.max_context is 65, but the model in {dir}/model was built for 64 tokens"),
     (with_completions_too_long, "sampling.max_tokens is 64, which leaves no room for a prompt in the model's 64 tokens"),
     (with_a_typo, "{dir}/run.yaml: unknown key smapling; did you mean sampling?"),

@@ -78,6 +78,11 @@ def test_a_wrong_value_is_one_line_with_its_path(tmp_path: Path, path: str, valu
         ({"sampling.group_size": 1}, r"sampling\.group_size is 1: group-relative advantages need at least 2"),
         ({"sampling.group_size": 1, "learner.advantage": "reinforce_pp"}, r"sampling\.group_size is 1: every group has one score"),
         ({"learner.min_samples": 3}, r"learner\.min_samples is 3, more than the sampling\.group_size of 2"),
+        (
+            {"learner.advantage": "pass_at_k"},
+            r"learner\.advantage 'pass_at_k' draws k = 4 samples .*, but sampling\.group_size is 2: choose a k",
+        ),
+        ({"learner.advantage": "pass_at_k", "learner.advantage_options": {"k": 3}}, r"learner\.advantage 'pass_at_k' draws k = 3 samples"),
         ({"learner.reward_weights": {"style": 1.0}}, r"learner\.reward_weights names style, but scores have the part unit_tests"),
         ({"learner.overlong_penalty_tokens": 4}, r"learner: overlong_penalty_tokens punishes long completions"),
         ({"learner.aggregation": "constant_length"}, r"learner: aggregation_length is the divisor"),
@@ -185,7 +190,7 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
 def test_paths_count_from_the_file_and_may_hold_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_ROOT", "/srv/data")
     content = {**minimal(tmp_path), "model": {"path": "model"}, "data": {"train": "$DATA_ROOT/a.jsonl", "eval": "~/b.jsonl"}}
-    content["learner"] = {"kl": {"reference": "../reference"}}
+    content["learner"] = {"kl": {"reference": "../reference", "coefficient": 0.1}}
     config = load_config(write(tmp_path / "run.yaml", content))
     assert config.model.path == tmp_path / "model"
     assert (str(config.data.train), config.data.eval) == ("/srv/data/a.jsonl", Path("~/b.jsonl").expanduser())

@@ -4,7 +4,7 @@
 
 quickstart: 16 groups of 8 with prompts of 28-42 tokens and completions of 15-65. long: 64 samples of 20-400 tokens with prompts of 16 and no
 two of one group, so that only padding can be saved. The model is that of the quickstart. Rounds of all layouts alternate, and the figure
-is the median over rounds, because the machine may be shared.
+is the median over rounds, because the machine may be shared. Against TRL's step: `python -m benchmarks.learner_trl`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ def make_samples(shape: str, seed: int) -> list[TrainSample]:
     return samples
 
 
+def save_model(directory: Path) -> Path:
+    """A model of the quickstart's shape with random weights."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=384, tie_word_embeddings=True, max_position_embeddings=1024,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 class UnsortedStep(Step):
     """The baseline: rows of one sample, in the order of arrival."""
 
@@ -68,12 +79,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*", default=["unsorted", "sorted", "packed", "shared"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-            intermediate_size=384, tie_word_embeddings=True, max_position_embeddings=1024,
-        )  # fmt: skip
-        Qwen3ForCausalLM(config).save_pretrained(directory)
+        save_model(Path(directory))
         steps = {}
         for layout in options.layouts:
             settings = LearnerSettings.model_validate(

@@ -8,6 +8,7 @@ leaving it needs no second model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def add_adapters(network: Any, settings: LoraSettings, *, half: bool) -> None:
     That changes no result under autocast, which would take them in bfloat16 anyway, and halves their memory. Raises ConfigError when peft is
     missing or no layer has one of the names.
     """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft loads it if it is there; it misses kernels of 4 bits
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from learner.parallel import SingleProcess
 from learner.settings import LearnerSettings
 from learner.step import Step
 from tests.learner.conftest import save_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("shape", "count"), [("quickstart", 16), ("long", 12)])
@@ -32,3 +37,12 @@ def test_the_naive_head_needs_several_times_the_memory() -> None:
     """Measured in processes of their own; 128 MiB of logits in float32 stand out from what importing leaves."""
     naive, kept = (logprob.in_child(way, 512, 8, 65536, "float32", 1) for way in ("naive", "kept"))
     assert kept["seconds"] > 0 and naive["bytes"] > 1.4 * kept["bytes"] > 128 * 2**20
+
+
+@pytest.mark.slow
+def test_the_step_against_trls_compares_one_computation() -> None:
+    """It prints a ratio only where the gradient norms of both sides agree."""
+    command = [sys.executable, "-m", "benchmarks.learner_trl", "--repeats", "1", "--shape", "long"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rlsys / TRL \d+\.\d\d$", done.stdout.strip())

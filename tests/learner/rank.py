@@ -5,7 +5,7 @@ writes what it found to `<out>/<job>-<rank>.json`, rank 0 the whole training sta
 
     {"out": "...", "timeout_s": 60, "jobs": [{"name": "two", "size": 2, "model": "...", "settings": {...}, "counts": [17, 9], "first": 0,
                                               "load": "a checkpoint", "save": ["a directory", 5], "damage": "token",
-                                              "leave": 1, "refused": true}]}
+                                              "leave": 1, "refused": true, "gradients": true}]}
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ def _train(job: dict[str, Any], group: Group, out: Path) -> dict[str, Any]:
         if iteration == job.get("save", (None, None))[1]:
             write(snapshot(step, iteration), Path(job["save"][0]))
         metrics = step.train(_samples(count, iteration, job.get("damage")), iteration, first + len(counts))
+        if "gradients" in job and not values:
+            moments = {name: tensor for name, tensor in step.training_state().items() if name.startswith("optimizer.exp_avg.")}
+            if group.rank == 0:
+                save_file(moments, str(out / f"{job['name']}-gradients.safetensors"))
         values.append(metrics.values)
         skipped += [(one.group_id, one.index) for one in metrics.skipped]
         if "leave" in job:

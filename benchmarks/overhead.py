@@ -35,6 +35,7 @@ from actors.allotment import Allotment
 from actors.dispatcher import Dispatcher, DispatcherJob
 from actors.pacing import PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
+from actors.stages import StagePlan
 from benchmarks.transport import measure_row
 from learner.batcher import Assembler, Batcher
 from learner.line import BatchRule
@@ -62,6 +63,7 @@ def pacing_us() -> float:
                 iterations=ITERATIONS,
                 pacing=PacingRule(iterations=ITERATIONS, groups_per_iteration=GROUPS, max_staleness=1),
                 max_requeues=1,
+                stages=(StagePlan(name="0", train=files.train, max_tokens=512, temperature=1.0),),
                 model_dir=files.model,
                 max_context=4096,
                 data=DataSettings(train=files.train),

@@ -65,6 +65,7 @@ def set_up(spec: ProcessSpec, log_mb: float) -> None:
     human = logging.StreamHandler(sys.stderr)
     human.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s%(at)s: %(message)s"))
     path = Path(spec.run_dir) / "logs" / f"{spec.name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
     machine = RotatingFileHandler(path, maxBytes=int(log_mb * 1e6), backupCount=1, encoding="utf-8")
     machine.setFormatter(JsonLines(spec.run_id, spec.name, spec.start))
     for handler in (human, machine):

@@ -39,7 +39,7 @@ quickstart-sglang: sglang
 	@$(BIN)/rlsys up configs/quickstart-sglang.yaml --run-dir runs/quickstart-sglang-$(shell date +%Y%m%d-%H%M%S)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults

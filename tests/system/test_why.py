@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from actors.engines import EngineOptions
 from actors.engines.embedded import EmbeddedEngine
 from protocol.messages import Version
@@ -72,6 +74,7 @@ def stopped(run: Run, names: list[str]) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.faults
 def test_a_stopped_process_is_named_wherever_it_stands(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config = patient(config)
     config["learner"]["ranks"] = 2

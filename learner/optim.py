@@ -52,13 +52,14 @@ class Updater:
             self._twins = {one.parameter: _host_copy(one.parameter) for one in trained}
             trained = [Trained(one.name, self._twins[one.parameter], one.embedding) for one in trained]
         self._parts = build(trained, settings)
+        self._shares = [[group["lr"] / settings.lr for group in part.param_groups] for part in self._parts]
         self._owner = {parameter: part for part in self._parts for group in part.param_groups for parameter in group["params"]}
 
     def set_rate(self, rate: float) -> None:
-        """Use `rate` from the next step on."""
-        for part in self._parts:
-            for group in part.param_groups:
-                group["lr"] = rate
+        """Use `rate` from the next step on; parameters that were built with another rate than `lr` keep their proportion to it."""
+        for part, shares in zip(self._parts, self._shares, strict=True):
+            for group, share in zip(part.param_groups, shares, strict=True):
+                group["lr"] = rate * share
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

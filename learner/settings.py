@@ -36,6 +36,9 @@ class OptimizerSettings(_Settings):
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decay of weight matrices; never of norms and biases.")
     momentum: float | None = Field(default=None, ge=0, lt=1, description="Of muon: share of the momentum that stays; 0.95 if not given.")
+    adamw_lr: float | None = Field(
+        default=None, gt=0, description="Of muon: peak rate of what AdamW takes (embeddings, head, norms, biases); lr if not given."
+    )
     offload: bool = Field(
         default=False,
         description="On a GPU: keep the optimizer's state in host memory and compute updates there (sharded: masters and gradients too).",
@@ -56,6 +59,8 @@ class OptimizerSettings(_Settings):
             raise ValueError(str(error)) from None
         if self.momentum is not None and self.name in OPTIMIZERS and self.name != "muon":
             raise ValueError(f"momentum belongs to optimizer 'muon', {self.name!r} has betas")
+        if self.adamw_lr is not None and self.name in OPTIMIZERS and self.name != "muon":
+            raise ValueError(f"adamw_lr is the second rate of optimizer 'muon', {self.name!r} has lr alone")
         if self.options and self.name in OPTIMIZERS:
             raise ValueError(f"options are for an optimizer of your own; those of {self.name!r} stand beside its name")
         if self.offload and (self.name.startswith("paged_") or self.name.endswith("_8bit")):

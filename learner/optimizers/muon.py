@@ -12,7 +12,8 @@ from learner.settings import OptimizerSettings
 
 
 def muon(trained: Sequence[Trained], settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
-    """One moment for hidden matrices. Its update is scaled to the size of AdamW's, so both share rate and decay.
+    """One moment for hidden matrices. Its update is scaled to the size of AdamW's, so both can share rate and decay. A model trained from
+    nothing gains from a lower rate of its table of tokens (`adamw_lr`); the schedule keeps the proportion of the two.
 
     Source: Jordan et al., Muon; the scale is Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4. The orthogonalisation runs in
     bfloat16, so results agree over numbers of ranks to about three digits of an update, not to the last.
@@ -30,4 +31,5 @@ def muon(trained: Sequence[Trained], settings: OptimizerSettings) -> list[torch.
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    return parts + (adamw(rest, settings) if rest else [])
+    own = settings if settings.adamw_lr is None else settings.model_copy(update={"lr": settings.adamw_lr})
+    return parts + (adamw(rest, own) if rest else [])

@@ -1,4 +1,6 @@
-"""Train the quickstart's base model from nothing on the noisy corpus. The only file of the quickstart that needs torch.
+"""Train the quickstart's base model from nothing on the noisy corpus, as `rlsys sft` would. The only file of the quickstart that needs torch.
+
+corpus, tokenizer, random model --> DIRECTORY/work --rlsys.sft.training.fine_tune--> work/final_model --> DIRECTORY
 
 Run by `base_model` as a child: `python -m rlsys.quickstart.warm_start DIRECTORY RECIPE_JSON`, progress on stdout.
 """
@@ -7,9 +9,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from learner.sft import Example, SftOptions, batches_of_similar_length, finetune
+from learner.parallel import SingleProcess
 from rlsys.quickstart.base_model import Recipe
 from rlsys.quickstart.tasks import make_problem, noisy_program
-from rlsys.quickstart.tokenizer import BOS_ID, EOS_ID, PAD_ID, encode_completion, encode_prompt, save_tokenizer, train_tokenizer
+from rlsys.quickstart.tokenizer import BOS_ID, EOS_ID, PAD_ID, PROMPT_TEMPLATE, save_tokenizer, train_tokenizer
+from rlsys.sft.config import SftConfig, parse_sft_config
+from rlsys.sft.training import fine_tune, read_material
 
 MAX_CONTEXT = 512
 _TOKENIZER_SAMPLES = 2000
-_POOL = 8
-"""Batches sorted by length together: saves a fifth of the tokens, which would be padding, and keeps the batches mixed."""
 _REPORT_S = 5.0
 
 
@@ -33,22 +36,49 @@ def build(directory: Path, recipe: Recipe, progress: Callable[[str], None]) -> N
     """Write the model and its tokenizer into an existing directory. The result depends on the recipe alone."""
     texts = _corpus(recipe)
     tokenizer = train_tokenizer(text for pair in texts[:_TOKENIZER_SAMPLES] for text in pair)
-    examples = [
-        Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, program))
-        for prompt, program in texts[: recipe.steps * recipe.batch_size]
-    ]
-    batches = list(batches_of_similar_length(examples, recipe.batch_size, _POOL, random.Random(recipe.seed)))
+    work = directory / "work"
+    config = _settings(work, recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = Qwen3ForCausalLM(_config(tokenizer.get_vocab_size()))
-            model.set_attn_implementation("eager")  # at 70 tokens, torch's fused attention for CPUs costs more than it saves: 1.5x per step
-            finetune(model, batches, SftOptions(bfloat16=_has_bfloat16()), _Report(progress, len(batches)))
+            _save(Qwen3ForCausalLM(_architecture(tokenizer.get_vocab_size())), tokenizer, config.model.path)
+            _write(texts[: recipe.steps * recipe.batch_size], config.data.train)
+            fine_tune(config, read_material(config), work, SingleProcess(), _Report(progress, recipe.steps))
     finally:
         torch.set_num_threads(threads)
-    _save(model, tokenizer, directory)
+    for file in (work / "final_model").iterdir():
+        file.rename(directory / file.name)
+    shutil.rmtree(work)
+
+
+def _settings(work: Path, recipe: Recipe) -> SftConfig:
+    """The rates are for a model trained from nothing; each example comes once."""
+    return parse_sft_config(
+        {
+            "seed": recipe.seed,
+            "model": {"path": str(work / "untrained")},
+            "data": {"train": str(work / "corpus.jsonl"), "prompt_template": PROMPT_TEMPLATE, "too_long": "refuse"},
+            "steps": recipe.steps,
+            "samples_per_step": recipe.batch_size,
+            "learner": {
+                "device": "cpu",
+                "threads": recipe.threads,
+                "dtype": "bfloat16" if _has_bfloat16() else "float32",
+                "layout": "packed",
+                "optimizer": {"name": "muon", "lr": 1e-2, "adamw_lr": 3e-3, "weight_decay": 0.1, "betas": [0.9, 0.95]},
+                "schedule": {"name": "cosine", "warmup_iterations": min(20, recipe.steps), "final_fraction": 0.1},
+            },
+        },
+        "the quickstart's warm start",
+    )
+
+
+def _write(pairs: list[tuple[str, str]], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, program in pairs:
+            file.write(json.dumps({"prompt": prompt, "completion": program}) + "\n")
 
 
 def _corpus(recipe: Recipe) -> list[tuple[str, str]]:
@@ -58,7 +88,7 @@ def _corpus(recipe: Recipe) -> list[tuple[str, str]]:
     return [(problem.prompt, noisy_program(rng, problem)) for problem in problems]
 
 
-def _config(vocab_size: int) -> Any:
+def _architecture(vocab_size: int) -> Any:
     """0.89 M parameters: larger models learn more per token but less per second on two cores."""
     return Qwen3Config(
         vocab_size=vocab_size,
@@ -98,13 +128,13 @@ class _Report:
         self._num_steps = num_steps
         self._started_s = self._reported_s = time.monotonic()
 
-    def __call__(self, step: int, loss: float) -> None:
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
         now_s = time.monotonic()
         if now_s - self._reported_s < _REPORT_S and step < self._num_steps:
             return
         self._reported_s = now_s
         left_s = (now_s - self._started_s) / step * (self._num_steps - step)
-        self._progress(f"warm start: step {step} of {self._num_steps}, loss {loss:.3f}, about {left_s:.0f} s left")
+        self._progress(f"warm start: step {step} of {self._num_steps}, loss {values['train/loss']:.3f}, about {left_s:.0f} s left")
 
 
 if __name__ == "__main__":

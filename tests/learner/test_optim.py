@@ -53,6 +53,22 @@ def test_only_matrices_decay() -> None:
     assert torch.equal(layer.bias.detach(), before["bias"])
 
 
+def test_muon_takes_hidden_matrices_and_the_rest_keeps_its_own_rate() -> None:
+    network = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 8))
+    trained = [Trained(name, p, name in ("0.weight", "3.weight")) for name, p in network.named_parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    found = Updater(trained, OptimizerSettings(name="muon", lr=0.1, adamw_lr=0.02))
+    found.set_rate(0.05)
+    found.step()
+    assert {key.split(".", 2)[2] for key in found.state()} == set(before), "every parameter has one optimizer"
+    assert {key for key in found.state() if "momentum" in key} == {"optimizer.momentum_buffer.1.weight"}
+    for name, parameter in network.named_parameters():
+        if name != "1.weight":  # Adam's first step is the rate, whatever the gradient
+            torch.testing.assert_close(parameter.detach(), before[name] - 0.01)
+
+
 def test_state_of_a_foreign_parameter_is_refused() -> None:
     found = updater(nn.Linear(3, 2))
     assert found.state() == {}
@@ -65,6 +81,7 @@ def test_state_of_a_foreign_parameter_is_refused() -> None:
     [
         ({"name": "adam"}, "did you mean 'adamw'"),
         ({"momentum": 0.9}, "momentum belongs to optimizer 'muon'"),
+        ({"adamw_lr": 0.9}, "adamw_lr is the second rate of optimizer 'muon'"),
         ({"options": {"a": 1}}, "options are for an optimizer of your own"),
         ({"name": "adamw_8bit", "offload": True}, "choose one of the two"),
         ({"betas": (0.9, 1.0)}, "never forgets"),

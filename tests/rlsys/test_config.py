@@ -30,7 +30,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("learner.optimiser", r"unknown key learner\.optimiser; did you mean learner\.optimizer\?"),
         (
             "learner.optimizer.learning_rate",
-            r"unknown key learner\.optimizer\.learning_rate; known here: betas, eps, lr, momentum, name, offload, options, weight_decay",
+            r"unknown key learner\.optimizer\.learning_rate; known here: adamw_lr, betas, eps, lr, momentum, name, offload, options, weight_decay",
         ),
         ("sampling.groupsize", r"unknown key sampling\.groupsize; did you mean sampling\.group_size\?"),
         ("iteration", r"unknown key iteration; did you mean iterations\?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -15,7 +16,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.sft import Example, collate, completion_loss
 from protocol.errors import DataError, DeadlineExceeded, RlsysError
 from rlsys.quickstart import base_model
 from rlsys.quickstart.base_model import BaseModel, Recipe, ensure_base_model
@@ -34,6 +34,8 @@ from rlsys.quickstart.tokenizer import (
     train_tokenizer,
 )
 from rlsys.quickstart.warm_start import build
+from rlsys.sft.config import SftData
+from rlsys.sft.examples import Encoder
 
 SMALL = Recipe(steps=40, batch_size=8)
 
@@ -59,9 +61,15 @@ def samples(count: int, seed: int = 9) -> list[tuple[str, str]]:
 
 
 def loss_on_new_samples(model: Any, tokenizer: Tokenizer) -> float:
-    examples = [Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, program)) for prompt, program in samples(64)]
-    with torch.no_grad():
-        return completion_loss(model.eval(), *collate(examples)).item()
+    """Mean of -log-prob of a program's token, one program at a time."""
+    total, count = 0.0, 0
+    for prompt, program in samples(64):
+        before, written = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, program)
+        with torch.no_grad():
+            logprobs = model.eval()(torch.tensor([before + written])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        total -= logprobs.gather(-1, torch.tensor(written)[:, None]).sum().item()
+        count += len(written)
+    return total / count
 
 
 def test_the_directory_loads_and_the_warm_start_has_taught_something(small: tuple[BaseModel, list[str]]) -> None:
@@ -127,6 +135,19 @@ def test_any_text_survives_the_tokenizer() -> None:
         assert tokenizer.decode(encode_completion(tokenizer, text)[:-1]) == text
     assert len(tokenizer.encode("1234", add_special_tokens=False).ids) == 4, "digits are single tokens"
     assert tokenizer.token_to_id(EOS) == EOS_ID
+
+
+def test_the_warm_start_reads_what_sampling_will(small: tuple[BaseModel, list[str]], tmp_path: Path) -> None:
+    """Its samples are the ids that the policy's prompts and programs have."""
+    tokenizer = Tokenizer.from_file(str(small[0].path / "tokenizer.json"))
+    rows = samples(50)
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": program}) + "\n" for prompt, program in rows))
+    data = SftData(train=path, prompt_template=PROMPT_TEMPLATE)
+    for (prompt, program), sample in zip(rows, Encoder(small[0].path, data, None).read(path, "train").samples, strict=True):
+        assert tuple(sample.prompt_ids) == encode_prompt(tokenizer, prompt)
+        assert tuple(sample.token_ids) == encode_completion(tokenizer, program)
+        assert sample.loss_mask.all()
 
 
 def test_recipes_have_entries_of_their_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

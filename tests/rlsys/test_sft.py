@@ -21,6 +21,7 @@ from rlsys.cli import main
 from rlsys.sft.config import dump_sft_config, load_sft_config, parse_sft_config
 from rlsys.sft.examples import Encoder, batches
 from rlsys.sft.rows import read_rows
+from rlsys.sft.training import fine_tune, read_material
 from tests.learner.conftest import save_model
 from tests.learner.reference import Reference
 
@@ -247,6 +248,34 @@ def test_the_example_configuration_learns_resumes_and_loads(
     assert all(torch.equal(one[name], other[name]) for name in one)
     config = load_sft_config(parts / "config.yaml")
     assert parse_sft_config(__import__("yaml").safe_load(dump_sft_config(config)), "again") == config
+
+
+def test_it_learns_a_cipher_with_muon_and_does_so_the_same_way_twice(model: Path, tmp_path: Path) -> None:
+    letters = np.random.default_rng(3).integers(0, 9, 16 * 40)
+    data = write(tmp_path / "a.jsonl", [{"prompt": "abcdefghi"[i], "completion": "jklmnopqr"[i]} for i in letters])
+    config = parse_sft_config(
+        {
+            "model": {"path": str(model)},
+            "data": {"train": str(data)},
+            "samples_per_step": 16,
+            "learner": {
+                "device": "cpu",
+                "dtype": "float32",
+                "optimizer": {"name": "muon", "lr": 1e-2, "adamw_lr": 3e-2},
+                "schedule": {"warmup_iterations": 5},
+            },
+        },
+        "test",
+    )
+    seen: list[list[tuple[int, float]]] = [[], []]
+    for own, losses in zip(("one", "two"), seen, strict=True):
+        report = lambda step, values, losses=losses: losses.append((step, values["train/loss"]))  # noqa: E731
+        assert fine_tune(config, read_material(config), tmp_path / own, SingleProcess(), report) == 40
+    assert [step for step, _ in seen[0]] == list(range(1, 41))
+    assert seen[0][0][1] > 1.5 and max(loss for _, loss in seen[0][-5:]) < 0.3
+    assert seen[0] == seen[1]
+    one, other = (tmp_path / own / "final_model" / "model.safetensors" for own in ("one", "two"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_two_ranks_learn_the_same(model: Path, tmp_path: Path) -> None:

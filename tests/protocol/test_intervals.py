@@ -88,11 +88,16 @@ def test_a_phase_goes_to_the_recorder_of_its_thread_and_keeps_the_iteration() ->
             clock.now += 2
         clock.now += 1
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    with phase("nobody records this"):
-        assert here() is None
+    def unrecorded() -> None:
+        with phase("nobody records this"):
+            seen.append(here())
+
+    seen: list[object] = []
+    for body in (work, unrecorded):
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+    assert seen == [None]
     message = recorder.drain()
     rows = [(message.names[n], b - a, k) for n, a, b, k, _ in message.rows.tolist()]
     assert rows == [("optimizer", 2_000_000, 7), ("train", 1_000_000, 7)]

@@ -327,11 +327,11 @@ class Generator:
             self._sent_to[key] = peer
 
     def _give_credits(self) -> None:
-        """As many groups as the free slots hold, unless finished completions pile up before the reward actors."""
+        """As many groups as the free slots hold. Completions that wait for reward actors take no slot: the pacing rule bounds how many there are."""
         load = self._engine.load
         free = load.capacity - load.running - load.waiting
         version = (None if self._held is not None else self._engine.version) or Version(-1)
-        wanted = 0 if len(self._outbox) >= load.capacity or version.number < 0 else max(0, -(-free // self._group_size))
+        wanted = 0 if version.number < 0 else max(0, -(-free // self._group_size))
         total = max(self._granted[0], self._groups_taken + wanted)
         if (total, version.number) != self._granted:
             self._granted = (total, version.number)

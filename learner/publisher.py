@@ -87,8 +87,8 @@ def export_model(model_dir: Path, target: Path, tensors: Iterable[tuple[str, Ten
     """
     aside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         save_shards(aside, tensors, dtype)
         for name in CONFIG_FILES:
             if (model_dir / name).is_file():

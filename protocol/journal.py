@@ -15,6 +15,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,8 @@ SEGMENT_BYTES = 256 << 20
 """A new file is begun past this size, so that old ones can be removed whole."""
 
 
-NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+NOT_WRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the user can mend: room, or permission."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,19 @@ class Record:
 
 
 class Journal:
-    """Appends records to numbered segment files in `directory`. Any thread may call it."""
+    """Appends records to numbered segment files in `directory`. Any thread may call it.
+
+    Raises DataError when the disk is full or may not be written; what was appended before stands.
+    """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._lock = threading.RLock()
         self._fd = -1
         self._size = 0
-        cut_torn_tail(directory)
+        with self._explained():
+            directory.mkdir(parents=True, exist_ok=True)
+            cut_torn_tail(directory)
         self._segment = max(segments(directory), default=-1)
         self._next_segment()
 
@@ -62,31 +68,27 @@ class Journal:
             return self._segment, self._size
 
     def append(self, frames: Sequence[bytes | memoryview]) -> tuple[int, int]:
-        """Write one record; returns (segment, offset after it). Raises DataError when the disk is full; the record is then not there at all."""
+        """Write one record; returns (segment, offset after it). When it cannot be written it is not there at all."""
         body: bytes = msgpack.packb(list(frames), buf_size=256 + sum(map(len, frames)))
         data = _HEAD.pack(len(body), xxhash.xxh3_64_intdigest(body)) + body
         with self._lock:
             if self._size and self._size + len(data) > SEGMENT_BYTES:
                 self._next_segment()
             view = memoryview(data)
-            try:
-                while view:
-                    view = view[os.write(self._fd, view) :]
-            except OSError as error:
-                if self._fd >= 0 and len(view) < len(data):
-                    os.ftruncate(self._fd, self._size)  # else the next record would follow half a one
-                if error.errno in NO_ROOM:
-                    free = shutil.disk_usage(self._directory).free / 1e6
-                    raise DataError(
-                        f"{self._directory}: the journal cannot be written ({error.strerror}); {free:.0f} MB are free"
-                    ) from None
-                raise
+            with self._explained():
+                try:
+                    while view:
+                        view = view[os.write(self._fd, view) :]
+                except OSError:
+                    if self._fd >= 0 and len(view) < len(data):
+                        os.ftruncate(self._fd, self._size)  # else the next record would follow half a one
+                    raise
             self._size += len(data)
             return self._segment, self._size
 
     def sync(self) -> None:
         """Force what was appended to disk."""
-        with self._lock:
+        with self._lock, self._explained():
             os.fdatasync(self._fd)
 
     def close(self) -> None:
@@ -112,11 +114,26 @@ class Journal:
         return removed
 
     def _next_segment(self) -> None:
+        path = _path(self._directory, self._segment + 1)
+        with self._explained():
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.close()
-        self._segment += 1
-        path = _path(self._directory, self._segment)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = 0
+        self._fd, self._size, self._segment = fd, 0, self._segment + 1
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A full or a read-only disk as a sentence."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            free = f"; {_free(self._directory)}" if self._directory.is_dir() else ""
+            raise DataError(f"{self._directory}: the journal cannot be written ({error.strerror}){free}") from None
+
+
+def _free(directory: Path) -> str:
+    return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free"
 
 
 def segments(directory: Path) -> list[int]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from protocol.errors import DataError, Fenced
 from protocol.messages import GroupOutcome, Purpose
@@ -51,6 +52,21 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 );
 """
 
+
+def _columns(schema: str) -> dict[str, set[str]]:
+    """Table -> its columns."""
+    db = sqlite3.connect(":memory:")
+    try:
+        db.executescript(schema)
+        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {table: {row[1] for row in db.execute(f"PRAGMA table_info({table})")} for table in tables}
+    finally:
+        db.close()
+
+
+_COLUMNS = _columns(_SCHEMA)
+LOCKED_S = 30.0
+"""Longest wait for another process's transaction, each of which takes milliseconds; then the writer ends and says that the ledger is locked."""
 _ENDED = tuple(spec.name for spec in fields(GroupOutcome))
 """The columns of `ended` are the fields of GroupOutcome."""
 
@@ -129,6 +145,24 @@ class Start:
     how: str
 
 
+def _connect(path: Path, options: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}{options}", timeout=LOCKED_S, isolation_level=None, check_same_thread=False, uri=True)
+
+
+def _readable(db: sqlite3.Connection) -> bool:
+    try:
+        db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        return True
+    except sqlite3.OperationalError:
+        return False
+
+
+def _unwritten(path: Path) -> bool:
+    """Whether transactions stand beside the file that are not in it yet."""
+    log = path.with_name(f"{path.name}-wal")
+    return log.exists() and log.stat().st_size > 0
+
+
 class Ledger:
     """One connection to `ledger.sqlite`. Each method is one transaction; any thread may call it.
 
@@ -139,17 +173,40 @@ class Ledger:
         self._lock = threading.RLock()
         self._writer = writer
         self._path = path
-        where = f"file:{path}?mode=ro" if read_only else f"file:{path}"
         try:
-            self._db = sqlite3.connect(where, timeout=30.0, isolation_level=None, check_same_thread=False, uri=True)
+            self._db = _connect(path, "?mode=ro" if read_only else "")
             if not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.executescript(_SCHEMA)
+            elif not _readable(self._db) and not _unwritten(path):
+                self._db.close()
+                self._db = _connect(path, "?immutable=1")  # a directory that cannot be written, in which SQLite cannot make its lock file
+            self._check_columns()
         except sqlite3.OperationalError as error:
             raise DataError(f"{path}: the ledger cannot be opened ({error})") from None
         except sqlite3.DatabaseError as error:
             raise DataError(f"{path}: the ledger is damaged ({error})") from None
+
+    def _check_columns(self) -> None:
+        """Raise DataError for the ledger of another rlsys, whose tables are others."""
+        found = {table: {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")} for table in _COLUMNS}
+        for table, columns in _COLUMNS.items():
+            missing = sorted(columns - found[table])
+            if missing:
+                lacks = f"column {missing[0]} of table {table}" if found[table] else f"table {table}"
+                raise DataError(
+                    f"{self._path}: this is no ledger of this version of rlsys (no {lacks}): read it with the version that wrote it"
+                )
+
+    def _read(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        """The rows of a query. Raises DataError when the file is damaged."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.OperationalError as error:
+            raise DataError(f"{self._path}: the ledger cannot be read ({error})") from None
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{self._path}: the ledger is damaged ({error})") from None
 
     def check(self) -> None:
         """Raise DataError when the file is damaged."""
@@ -158,14 +215,14 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             found = str(error)
         if found != "ok":
-            raise DataError(f"{self._path}: the ledger is damaged ({found})")
+            raise DataError(f"{self._path}: the ledger is damaged ({' '.join(found.split())})")
 
     # ------------------------------------------------------------------------------------------------ the supervisor's part
 
     def get(self, key: str, default: str = "") -> str:
         """A value of the run."""
-        row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-        return default if row is None else str(row[0])
+        rows = self._read("SELECT value FROM run WHERE key = ?", (key,))
+        return str(rows[0][0]) if rows else default
 
     def put(self, key: str, value: str) -> None:
         """Keep a value of the run."""
@@ -197,9 +254,7 @@ class Ledger:
 
     def starts(self) -> list[Start]:
         """Every start, in order."""
-        rows = self._db.execute(
-            "SELECT role, idx, start, epoch, pid, ticks, started_s, ended_s, how FROM starts ORDER BY started_s, role, idx"
-        ).fetchall()
+        rows = self._read("SELECT role, idx, start, epoch, pid, ticks, started_s, ended_s, how FROM starts ORDER BY started_s, role, idx")
         return [Start(**dict(zip((f.name for f in fields(Start)), row, strict=True))) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ the dispatcher's part
@@ -214,7 +269,7 @@ class Ledger:
 
     def num_skipped(self) -> int:
         """Problems that no group is made of."""
-        return int(self._db.execute("SELECT COUNT(*) FROM skipped").fetchone()[0])
+        return int(self._read("SELECT COUNT(*) FROM skipped")[0][0])
 
     def stage(self, stage: int, name: str, iteration: int, problems: int, problems_of: int, kept: Iterable[str] | None) -> None:
         """A stage began with groups for `iteration`; `kept` are the problems that its filters left, None if it has none."""
@@ -223,7 +278,7 @@ class Ledger:
 
     def stages(self) -> list[Stage]:
         """The stages that have begun, in their order."""
-        rows = self._db.execute("SELECT stage, name, iteration, problems, problems_of, kept FROM stages ORDER BY stage").fetchall()
+        rows = self._read("SELECT stage, name, iteration, problems, problems_of, kept FROM stages ORDER BY stage")
         return [
             Stage(stage, name, iteration, problems, of, None if kept is None else tuple(str(kept).split("\n")))
             for stage, name, iteration, problems, of, kept in rows
@@ -231,7 +286,7 @@ class Ledger:
 
     def issues(self) -> list[Issue]:
         """The issue log in its order."""
-        rows = self._db.execute(f"SELECT {','.join(_ISSUED)} FROM issued ORDER BY rowid").fetchall()
+        rows = self._read(f"SELECT {','.join(_ISSUED)} FROM issued ORDER BY rowid")
         return [Issue(**dict(zip(_ISSUED, row, strict=True))) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ the learner's part
@@ -260,10 +315,10 @@ class Ledger:
 
     def checkpoints(self) -> list[Checkpoint]:
         """What was committed, newest first."""
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT number, incarnation, directory, sha256, journal_segment, journal_end, first_segment, committed_s "
             "FROM checkpoints ORDER BY number DESC"
-        ).fetchall()
+        )
         return [Checkpoint(**dict(zip((f.name for f in fields(Checkpoint)), row, strict=True))) for row in rows]
 
     def forget_checkpoints(self, numbers: Iterable[int]) -> None:
@@ -278,11 +333,11 @@ class Ledger:
 
     def versions(self) -> list[tuple[int, int]]:
         """(number, incarnation) of every published version, in the order of publication."""
-        return [(int(n), int(i)) for n, i in self._db.execute("SELECT number, incarnation FROM published ORDER BY rowid").fetchall()]
+        return [(int(n), int(i)) for n, i in self._read("SELECT number, incarnation FROM published ORDER BY rowid")]
 
     def outcomes(self) -> list[GroupOutcome]:
         """Every terminal state, by group."""
-        rows = self._db.execute(f"SELECT {','.join(_ENDED)} FROM ended ORDER BY group_id").fetchall()
+        rows = self._read(f"SELECT {','.join(_ENDED)} FROM ended ORDER BY group_id")
         return [_outcome(row) for row in rows]
 
     def outcomes_of(self, group_ids: Iterable[int]) -> list[GroupOutcome]:
@@ -292,24 +347,24 @@ class Ledger:
         for start in range(0, len(wanted), 500):
             some = wanted[start : start + 500]
             query = f"SELECT {','.join(_ENDED)} FROM ended WHERE group_id IN ({','.join('?' * len(some))})"
-            found += [_outcome(row) for row in self._db.execute(query, some).fetchall()]
+            found += [_outcome(row) for row in self._read(query, some)]
         return found
 
     def open_groups(self) -> dict[int, str]:
         """Training groups that were issued and have no terminal state here, with their problems, in their order."""
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT group_id, problem_id FROM issued WHERE purpose = 'train' AND attempt = 0 AND NOT EXISTS "
             "(SELECT 1 FROM ended WHERE ended.group_id = issued.group_id) ORDER BY group_id"
-        ).fetchall()
+        )
         return {int(group_id): str(problem_id) for group_id, problem_id in rows}
 
     def ended_groups(self) -> set[int]:
         """Groups that have a terminal state."""
-        return {int(row[0]) for row in self._db.execute("SELECT group_id FROM ended").fetchall()}
+        return {int(row[0]) for row in self._read("SELECT group_id FROM ended")}
 
     def counts(self) -> dict[str, int]:
         """Groups by terminal state."""
-        return dict(self._db.execute("SELECT state, COUNT(*) FROM ended GROUP BY state").fetchall())
+        return dict(self._read("SELECT state, COUNT(*) FROM ended GROUP BY state"))
 
     def close(self) -> None:
         self._db.close()
@@ -331,7 +386,10 @@ class Ledger:
                     self._check_fence(self._writer)
                 yield self._db
                 self._db.execute("COMMIT")
-            except sqlite3.OperationalError as error:
+            except sqlite3.IntegrityError:
+                self._db.execute("ROLLBACK")
+                raise  # a key stands twice: a bug of the writer, no fault of the file
+            except sqlite3.DatabaseError as error:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise DataError(f"{self._path}: the ledger cannot be written ({error})") from None

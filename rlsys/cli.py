@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -18,6 +19,9 @@ DESCRIPTION = """Asynchronous reinforcement learning for language models on task
   rlsys up configs/quickstart.yaml        train, with live progress
   rlsys status RUN                        how a run is doing
 """
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Of a file or directory: what the user can mend, so that it is said in a sentence."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -245,15 +249,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rlsys: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"rlsys: {error.filename}: {error.strerror}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        print(f"rlsys: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rlsys: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -68,7 +68,9 @@ class DeadlineSettings(Settings):
     startup_s: float = Field(300.0, gt=0, description="from the start of a process to its first sign of life")
     heartbeat_s: float = Field(30.0, gt=0, description="silence after which a process counts as hung and is replaced")
     busy_s: float = Field(
-        3600.0, gt=0, description="longest time at one piece of work, after which a process counts as hung and is replaced"
+        3600.0,
+        gt=0,
+        description="longest time at one piece of work without any result, after which a process counts as hung and is replaced",
     )
     silent_s: float = Field(5.0, gt=0, description="silence, without using the processor, after which `rlsys why` blames a process")
     quiet_s: float = Field(30.0, gt=0, description="time without any movement after which the run says by itself who waits for whom")

@@ -81,7 +81,11 @@ def bound(path: Path, most_bytes: float) -> bool:
             return False
     except FileNotFoundError:
         return False
-    shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+    aside = path.with_name(f"{path.name}.1")
+    try:
+        shutil.copyfile(path, aside)
+    except OSError:  # no room for two of them: then the older goes
+        aside.unlink(missing_ok=True)
     with path.open("r+b") as file:
         file.truncate(0)
     return True

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ConfigError
+from protocol.ledger import Ledger
 from rlsys.config import RunConfig, load_config
 from rlsys.rundir import holder, read_json
 
@@ -36,12 +37,18 @@ MAY_CHANGE = (
 
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of a run that is to go on, changed by `overrides`. Raises ConfigError for what may not change or cannot go on."""
+    """The configuration of a run that is to go on, changed by `overrides`. Raises ConfigError for what may not change or cannot go on,
+    DataError for a damaged ledger."""
     path = run / "config.yaml"
     if not path.exists() or not (run / "ledger.sqlite").exists():
         raise ConfigError(f"{run}: holds no run that could go on (no {'ledger.sqlite' if path.exists() else 'config.yaml'})")
     if (pid := holder(run)) is not None:
         raise ConfigError(f"{run} is in use by process {pid}: it is running")
+    ledger = Ledger(run / "ledger.sqlite", read_only=True)  # one that cannot be read is refused before anything of the run is touched
+    try:
+        ledger.check()
+    finally:
+        ledger.close()
     before, after = load_config(path), load_config(path, overrides)
     for key in changed(before.model_dump(mode="json"), after.model_dump(mode="json")):
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):

@@ -70,6 +70,10 @@ class Process:
     registered: Register | None = None
     heartbeat: Heartbeat | None = None
     heard_s: float = 0.0
+    progress: int = -1
+    """What it said last that it has done."""
+    moved_s: float = 0.0
+    """When that number changed."""
     finished: bool = False
     error: str = ""
     restart_at_s: float | None = None
@@ -85,6 +89,14 @@ class Process:
     @property
     def pid(self) -> int:
         return self.child.pid
+
+    @property
+    def stuck_s(self) -> float:
+        """How long it has been at one piece of work without a result; 0 while it waits. One that is busy for hours but gets on is not stuck."""
+        beat = self.heartbeat
+        if beat is None or is_waiting(beat.doing):
+            return 0.0
+        return min(time.time() - beat.since_s, time.monotonic() - self.moved_s)
 
 
 @dataclass(slots=True)
@@ -134,6 +146,7 @@ class Supervisor:
         self._epoch = 1
         self._ledger: Ledger | None = None
         self._policy = RestartPolicy(config.restarts)
+        self._unwritten = set[str]()
         self._scratch: Path | None = None
         self._weights_dir: Path | None = None
         self._transport: Transport | None = None
@@ -251,6 +264,8 @@ class Supervisor:
             self._introduce(control)
         elif isinstance(message, Heartbeat):
             process.heartbeat = message
+            if message.progress != process.progress:
+                process.progress, process.moved_s = message.progress, process.heard_s
             if not process.device and message.facts.get("device"):
                 process.device = str(message.facts["device"])
                 self._tell("on device", process=process.name, device=process.device)
@@ -281,7 +296,6 @@ class Supervisor:
             if process.restart_at_s is not None:
                 continue
             beat = process.heartbeat
-            busy_s = time.time() - beat.since_s if beat and not is_waiting(beat.doing) else 0.0
             if code is not None:
                 if process in ended:
                     self._died(control, process, f"{identity} {_how(code)}", code)
@@ -290,10 +304,9 @@ class Supervisor:
             elif process.heard_s and now - process.heard_s > limits.heartbeat_s:
                 doing = beat.doing if beat else "unknown"
                 self._died(control, process, f"{identity} has been silent for {now - process.heard_s:.0f} s; it was last at: {doing}")
-            elif beat and busy_s > limits.busy_s:
-                self._died(
-                    control, process, f"{identity} has been at {beat.doing!r} for {busy_s:.0f} s (deadlines.busy_s is {limits.busy_s:g})"
-                )
+            elif beat and process.stuck_s > limits.busy_s:
+                stuck = f"{identity} has been at {beat.doing!r} for {process.stuck_s:.0f} s without a result"
+                self._died(control, process, f"{stuck} (deadlines.busy_s is {limits.busy_s:g})")
             if self._ending is not None:
                 return
         self._watch_stall()
@@ -381,8 +394,18 @@ class Supervisor:
             self.view.status = self.status()
             for process in self._processes.values():
                 bound(process.child.log_path, self.config.observe.log_mb * 1e6)
-            write_atomically(self.run_dir.path / "status.json", json.dumps(self.view.status))  # indented JSON is encoded in Python, slowly
+            self._write("status.json", json.dumps(self.view.status))  # indented JSON is encoded in Python, slowly
         self.on_tick()
+
+    def _write(self, name: str, text: str) -> None:
+        """A file that tells of the run. A full disk ends no run by that: what the run itself needs says so on its own."""
+        try:
+            write_atomically(self.run_dir.path / name, text)
+            self._unwritten.discard(name)
+        except OSError as error:
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                log.warning("%s cannot be written (%s); it is tried again", self.run_dir.path / name, error.strerror)
 
     def _watch_movement(self) -> None:
         """Once nothing has moved for `quiet_s`, say who waits for whom; say so too when it goes on."""
@@ -396,8 +419,11 @@ class Supervisor:
     def _tell(self, name: str, **data: Any) -> None:
         """An event of the supervisor's own: shown, and appended to metrics.jsonl beside those that the dashboard writes."""
         event = Event(identity="supervisor", time_s=time.time(), name=name, data=data)
-        with (self.run_dir.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"time_s": event.time_s, "identity": event.identity, "event": name, **data}) + "\n")
+        try:
+            with (self.run_dir.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"time_s": event.time_s, "identity": event.identity, "event": name, **data}) + "\n")
+        except OSError as error:
+            log.warning("metrics.jsonl lacks the event %r (%s)", name, error.strerror)
         self.on_event(event)
 
     def _explain(self) -> Explanation:
@@ -460,8 +486,8 @@ class Supervisor:
                 "iterations": self.config.iterations,
                 "iterations_done": self.config.iterations if ending.outcome == "done" else self.view.snapshot.get("iteration", 0),
             }
-            write_atomically(self.run_dir.path / "status.json", json.dumps(self.status() | {"processes": []}, indent=1))
-            write_atomically(self.run_dir.path / "exit.json", json.dumps(exit_record, indent=1) + "\n")
+            self._write("status.json", json.dumps(self.status() | {"processes": []}, indent=1))
+            self._write("exit.json", json.dumps(exit_record, indent=1) + "\n")
             (self.run_dir.path / "keys.json").unlink(missing_ok=True)
             for directory in (self._scratch, self._weights_dir):
                 if directory is not None:

@@ -10,7 +10,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from protocol.errors import DeadlineExceeded
 from protocol.node import PARENT, ProcessSpec
+
+KILL_S = 30.0
+"""From SIGKILL to the end of a process: only one that hangs in the kernel, at a dead file server say, takes longer than a moment."""
 
 
 class Child:
@@ -50,7 +54,12 @@ class Child:
     def kill(self) -> None:
         """SIGKILL the whole group and wait until the process is gone (a stopped one dies as well)."""
         self.signal_group(signal.SIGKILL)
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(timeout=KILL_S)
+        except subprocess.TimeoutExpired:
+            raise DeadlineExceeded(
+                f"{self.spec.identity} (pid {self.pid}) was killed and is still there after {KILL_S:g} s: it hangs in the kernel"
+            ) from None
         self.signal_group(signal.SIGKILL)
 
     def tail(self, lines: int = 20) -> list[str]:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from protocol.errors import ConfigError, DataError
+from protocol.errors import ConfigError, DataError, DeadlineExceeded
 from rlsys.config import BUILTIN
 from rlsys.prepare import QUICKSTART
 from rlsys.rundir import write_atomically
 from rlsys.sft.config import SftConfig, dump_sft_config, load_sft_config
 
+END_S = 120.0
+"""From the last step to the end of the other ranks."""
 PLAIN_S = 5.0
 """Without a terminal a line at least this often."""
 
@@ -131,8 +133,11 @@ def _other_ranks(out: Path, ranks: int, port: int, *, resume: bool) -> Iterator[
             with (logs / f"rank-{rank}.log").open("ab") as log:
                 children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         yield
-        for child in children:
-            child.wait()
+        for rank, child in enumerate(children, 1):
+            try:
+                child.wait(timeout=END_S)
+            except subprocess.TimeoutExpired:
+                raise DeadlineExceeded(f"rank {rank} (pid {child.pid}) had not ended {END_S:g} s after the last step; see {logs}") from None
     finally:
         for child in children:
             child.kill()

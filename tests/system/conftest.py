@@ -93,8 +93,12 @@ class Run:
         self.config_path = directory / "config.yaml"
         self.config_path.write_text(yaml.safe_dump(config))
         self.path = directory / "run"
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlsys", "up", str(self.config_path), "--run-dir", str(self.path), *arguments],
+        self.process = self._start("up", str(self.config_path), "--run-dir", str(self.path), *arguments)
+        self.out = self.err = ""
+
+    def _start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "rlsys", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -102,7 +106,6 @@ class Run:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
             start_new_session=True,
         )
-        self.out = self.err = ""
 
     def wait(self, deadline_s: float = DEADLINE_S, *, restarts: bool = False) -> int:
         """The exit code; the output is in `out` and `err`. A process that died and came back fails the test, unless `restarts`."""
@@ -128,6 +131,11 @@ class Run:
             except subprocess.TimeoutExpired:
                 pass
         raise AssertionError(f"no {what} within {deadline_s} s; status: {json.dumps(self.status(), indent=1)[:3000]}")
+
+    def resume(self, *arguments: str) -> None:
+        """Start `rlsys up --resume` on the run, whose supervisor is gone."""
+        self.process.communicate(timeout=30)
+        self.process = self._start("up", "--resume", str(self.path), "--plain", *arguments)
 
     def until_gone(self, what: Callable[[], Any], name: str, deadline_s: float = 20.0) -> None:
         """Wait until `what()` gives nothing any more."""

@@ -117,6 +117,48 @@ def test_a_hung_or_cut_off_process_is_found_named_and_replaced(
     sound(run, 60)
 
 
+@pytest.mark.faults
+def test_slow_processes_are_no_dead_ones(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    """Stopped nine tenths of the time for a while, each in turn: nothing is replaced, nothing is sampled twice."""
+    run = start(paced(surviving(config, 40)))
+    run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
+    for seed, role in enumerate(("dispatcher", "generator", "rewarder", "learner")):
+        rehearse(run, 1, seed, "--roles", role, "--mode", "slow", "--pause", "0.1")
+    assert run.wait(300) == 0, run.err
+    assert sound(run, 40)["reissued"] == 0
+
+
+@pytest.mark.faults
+def test_who_is_at_work_for_long_but_gets_on_is_not_hung(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    """One reward actor has always something to score, for longer than one piece of work may take."""
+    config["iterations"] = 2
+    config["data"].pop("eval")
+    config["rewarders"] = {"reward": "tests.system.rewards:SlowReward", "options": {"seconds": 1.0}}
+    config["deadlines"]["busy_s"] = 10.0
+    run = start(config)
+    assert run.wait(200) == 0, run.err
+    sound(run, 2)
+
+
+@pytest.mark.faults
+def test_a_supervisor_dies_twice_and_the_run_goes_on_each_time(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    """On other fleets each time, told at once, while what is left of the old processes may still be there."""
+    run = start(paced(surviving(config, 16)))
+    run.until(lambda status: status.get("iteration", 0) >= 2, "two iterations")
+    run.process.kill()
+    run.resume("--set", "generators.count=1")
+    run.until(lambda status: status.get("epoch") == 2 and status.get("iteration", 0) >= 6, "six iterations")
+    assert [name for name in run.pids() if name.startswith("generator")] == ["generator-0"]
+    refused = command("up", "--resume", str(run.path))
+    assert (refused.returncode, f"is in use by process {run.process.pid}" in refused.stderr) == (2, True), refused.stderr
+    run.process.kill()
+    run.resume("--set", "generators.count=3", "--set", "rewarders.count=1")
+    assert run.wait(300) == 0, run.err
+    record = run.exit_record
+    assert (record["outcome"], record["epoch"], record["restarts"]) == ("done", 3, [])
+    sound(run, 16)
+
+
 def test_a_dead_supervisor_takes_its_children_along_and_the_run_goes_on_with_another_fleet(
     config: dict[str, Any], start: Callable[..., Run]
 ) -> None:

@@ -1,0 +1,101 @@
+"""Commands that read a run's ledger, on one that is torn, empty, of another version, or no ledger at all: one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from protocol.ledger import Ledger
+from rlsys.cli import main
+from tests.configuration import minimal, write
+from tests.disks import read_only
+from tests.learner.test_commits import outcome
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a ledger of many pages."""
+    (tmp_path / "files").mkdir()
+    directory = tmp_path / "run"
+    directory.mkdir()
+    write(directory / "config.yaml", minimal(tmp_path / "files"))
+    ledger = Ledger(directory / "ledger.sqlite")
+    ledger.put("run_id", "5")
+    ledger.next_start("learner", 0, 1)
+    ledger.ended([outcome(group, 0) for group in range(2000)])
+    ledger.close()
+    return directory
+
+
+def refused(capsys: pytest.CaptureFixture[str], run: Path, *commands: str) -> str:
+    """What the commands say, each in one line."""
+    said = []
+    for command in commands:
+        arguments = [command, "--resume", str(run), "--plain"] if command == "up" else [command, str(run)]
+        assert main(arguments) == 2, command
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1), printed
+        assert printed.err.startswith(f"rlsys: {run / 'ledger.sqlite'}: "), printed.err
+        said.append(printed.err)
+    return said[0]
+
+
+def change(run: Path, script: str) -> None:
+    db = sqlite3.connect(run / "ledger.sqlite")
+    db.executescript(script)
+    db.close()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.02])
+def test_a_torn_ledger(run: Path, capsys: pytest.CaptureFixture[str], share: float) -> None:
+    path = run / "ledger.sqlite"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert "the ledger is damaged" in refused(capsys, run, "audit", "replay", "up")
+
+
+def test_a_ledger_with_a_page_of_something_else(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "ledger.sqlite"
+    data = bytearray(path.read_bytes())
+    for start in range(8192, len(data), 4096):
+        data[start : start + 64] = b"\xab" * 64
+    path.write_bytes(bytes(data))
+    assert "the ledger is damaged" in refused(capsys, run, "audit", "replay", "up")
+
+
+def test_text_in_its_place(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "ledger.sqlite").write_text("this is no database\n" * 100)
+    assert "file is not a database" in refused(capsys, run, "audit", "replay", "up")
+
+
+def test_an_empty_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "ledger.sqlite").write_bytes(b"")
+    assert "no table run" in refused(capsys, run, "audit", "replay", "up")
+
+
+@pytest.mark.parametrize(
+    ("script", "lacks"),
+    [
+        ("ALTER TABLE ended DROP COLUMN num_truncated", "no column num_truncated of table ended"),
+        ("DROP TABLE stages", "no table stages"),
+        ("ALTER TABLE issued RENAME COLUMN requeues TO tries", "no column requeues of table issued"),
+    ],
+)
+def test_a_ledger_of_another_version(run: Path, capsys: pytest.CaptureFixture[str], script: str, lacks: str) -> None:
+    change(run, script)
+    said = refused(capsys, run, "audit", "replay", "up")
+    assert "this is no ledger of this version of rlsys" in said
+    assert lacks in said
+
+
+def test_a_run_in_a_directory_that_may_not_be_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An archive is audited; it does not go on."""
+    with read_only(run):
+        assert main(["audit", str(run)]) == 1, "these groups were never issued"
+        assert "2000 doubled" in capsys.readouterr().out
+        assert main(["up", "--resume", str(run), "--plain"]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1), printed
+        assert "Permission denied" in printed.err
+    assert not (run / "ledger.sqlite-wal").exists()

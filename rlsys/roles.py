@@ -95,6 +95,7 @@ def _generator(node: Node, config: RunConfig) -> None:
     from actors.engines import ENGINES, EngineOptions
     from actors.generator import Generator
     from protocol.registry import resolve
+    from rlsys.topology import engine_options
 
     settings = config.generators
     longest = max_context(config)
@@ -106,7 +107,7 @@ def _generator(node: Node, config: RunConfig) -> None:
         dtype=settings.dtype,
         device=settings.device,
         index=node.spec.index,
-        extra=dict(settings.options),
+        extra=engine_options(config),
         name=node.spec.name,
         log_dir=Path(node.spec.run_dir) / "logs",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlsys.config import RunConfig
 from rlsys.schedules import describe_schedule
 from rlsys.stages import describe_stages
@@ -15,6 +17,21 @@ def processes(config: RunConfig) -> list[tuple[str, int]]:
     return [*fleet, ("dispatcher", 0), ("dashboard", 0)]
 
 
+def repeatable(config: RunConfig) -> bool:
+    """Whether two runs of this configuration and seed on the CPU of one machine give the same tokens, rewards and weights, bit by bit.
+
+    That takes no overlap, so that it is fixed what is sampled with which weights, one actor of each kind, and a reward that says the same twice.
+    """
+    generators = config.generators
+    alone = (generators.count, config.rewarders.count) == (1, 1)
+    return alone and (generators.engine, generators.device) == ("embedded", "cpu") and config.schedule.name == "synchronous"
+
+
+def engine_options(config: RunConfig) -> dict[str, Any]:
+    """The engine's own options; a repeatable run asks the embedded engine for samples that do not depend on their neighbours."""
+    return ({"batch_invariant": True} if repeatable(config) else {}) | config.generators.options
+
+
 def describe(config: RunConfig) -> list[str]:
     """The run in a few lines, for `rlsys check`."""
     s, g, w, lr = config.sampling, config.generators, config.rewarders, config.learner
@@ -24,6 +41,7 @@ def describe(config: RunConfig) -> list[str]:
         when = [word for word, on in (("at the start", config.evaluation.at_start), ("at the end", config.evaluation.at_end)) if on]
         when += [f"every {config.evaluation.every} iterations"] if config.evaluation.every else []
         evaluation = f"{config.data.eval}, {config.evaluation.samples} samples each, {' and '.join(when) or 'never'}"
+    invariant = ", batch-invariant" if engine_options(config).get("batch_invariant") else ""
     return [
         f"run         {config.name}: {config.iterations} iterations of {s.groups_per_iteration} groups x {s.group_size} = {samples} samples",
         f"schedule    {describe_schedule(config)}",
@@ -31,7 +49,7 @@ def describe(config: RunConfig) -> list[str]:
         f"model       {config.model.path}",
         f"train       {config.data.train}",
         f"evaluate    {evaluation}",
-        f"generators  {g.count} x {g.engine} on {g.device}, {g.slots} slots, {g.threads} thread(s), {g.dtype}",
+        f"generators  {g.count} x {g.engine} on {g.device}, {g.slots} slots, {g.threads} thread(s), {g.dtype}{invariant}",
         f"rewarders   {w.count} x {w.reward}, {w.concurrency} at once",
         f"learner     {lr.ranks} rank(s) on {lr.device}, {lr.threads} thread(s), {lr.dtype}, {lr.objective}, {lr.advantage}, lr {lr.optimizer.lr:g}",
         f"processes   {len(processes(config)) + 1} with the supervisor, over {config.transport.kind}",

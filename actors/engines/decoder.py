@@ -6,6 +6,7 @@ Norms, softmax and rotations are computed in float32 whatever the dtype of the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,13 +32,13 @@ class Decoder:
         self._columns = torch.arange(max_context, device=device)
         self._rows = torch.arange(slots, device=device)
 
-    def decode(self, ids: Tensor, positions: Tensor, context: int) -> Tensor:
-        """Logits [n, vocabulary] after `ids` [n], which stand at `positions` [n] of rows 0..n-1 and are added to the cache.
+    def decode(self, ids: Tensor, positions: Tensor, context: int, first: int = 0) -> Tensor:
+        """Logits [n, vocabulary] after `ids` [n], which stand at `positions` [n] of rows first..first+n-1 and are added to the cache.
 
         Attention reads the first `context` cached tokens, of which each row sees those up to its position.
         """
         a, n = self.architecture, len(ids)
-        rows, rotations = self._rows[:n], self._rotations[positions][:, None]
+        rows, rotations = self._rows[first : first + n], self._rotations[positions][:, None]
         hidden = embedding(ids, self.weights.embedding)
         mask = hidden.new_zeros(n, context).masked_fill_(self._columns[:context] > positions[:, None], -torch.inf)
         mask = mask[:, None].expand(n, a.kv_heads, context).reshape(n * a.kv_heads, 1, context)
@@ -46,8 +47,8 @@ class Decoder:
             keys[rows, :, :, positions] = key
             values[rows, :, positions] = value
             query = query.reshape(n * a.kv_heads, a.heads // a.kv_heads, a.head_dim)
-            seen_keys = keys[:n].view(n * a.kv_heads, a.head_dim, -1)[:, :, :context]
-            seen_values = values[:n].view(n * a.kv_heads, -1, a.head_dim)[:, :context]
+            seen_keys = keys[first : first + n].view(n * a.kv_heads, a.head_dim, -1)[:, :, :context]
+            seen_values = values[first : first + n].view(n * a.kv_heads, -1, a.head_dim)[:, :context]
             scores = torch.baddbmm(mask, query, seen_keys, alpha=a.head_dim**-0.5)
             hidden = self._finish(layer, hidden, torch.bmm(scores.softmax(-1), seen_values).view(n, -1))
         return self._logits(hidden)
@@ -80,6 +81,13 @@ class Decoder:
         """Zero the cache, so that what is not a number in it cannot spread: a hidden token weighs 0, and 0 x nan is nan."""
         self._keys.zero_()
         self._values.zero_()
+
+    def scribble(self, order: Sequence[int]) -> None:
+        """Fill the first len(order) rows of the cache with random numbers, row i with those of number order[i]: for checks."""
+        for row, number in enumerate(order):
+            generator = torch.Generator(self._keys.device).manual_seed(number)
+            self._keys[:, row].normal_(generator=generator)
+            self._values[:, row].normal_(generator=generator)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of cache row `source` to row `target`."""

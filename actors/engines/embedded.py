@@ -24,8 +24,9 @@ from torch import Tensor
 from actors.engines import EngineLoad, EngineOptions, Sampled, SampleRequest
 from actors.engines.decoder import Decoder
 from actors.engines.embedded_options import Options
+from actors.engines.invariance import Invariance, padded, widen
 from actors.engines.sampling import draw, uniforms
-from actors.engines.slots import Slots
+from actors.engines.slots import Rows, Slots
 from protocol.errors import ConfigError, InfrastructureFault
 from protocol.intervals import phase
 from protocol.messages import Version
@@ -67,8 +68,14 @@ class EmbeddedEngine:
             raise ConfigError(f"embedded engine: dtype {options.dtype!r} is not one of {', '.join(_DTYPES)}")
         self._max_context = options.max_context
         self._decoder = Decoder(
-            options.model_path, slots=options.slots, max_context=options.max_context, dtype=_DTYPES[options.dtype], device=self._device
+            options.model_path,
+            slots=padded(options.slots) if self._options.batch_invariant else options.slots,
+            max_context=options.max_context,
+            dtype=_DTYPES[options.dtype],
+            device=self._device,
         )
+        self._invariance: Invariance | None = None
+        """Made with the first weights, with `batch_invariant`."""
         self._slots = Slots(options.slots, options.max_context)
         self._waiting: deque[_Waiting] = deque()
         self._aborted: list[Sampled] = []
@@ -130,10 +137,7 @@ class EmbeddedEngine:
             self._decoder.move(source, target, length)
         if not self._slots.running:
             return ended
-        rows, bucket = self._slots.rows(), self._options.context_bucket
-        context = min(self._max_context, (int(rows.places.max()) // bucket + 1) * bucket)
-        logits = self._decoder.decode(self._to_device(rows.last_tokens), self._to_device(rows.places), context)
-        ids, logprobs = draw(logits, uniforms(rows.seeds, rows.sampled), rows.temperature, rows.top_p, rows.top_k)
+        ids, logprobs = self._next_tokens(self._slots.rows())
         if not np.isfinite(logprobs).all():
             row = int(np.flatnonzero(~np.isfinite(logprobs))[0])
             self._aborted, self._faulted = ended, True
@@ -150,6 +154,8 @@ class EmbeddedEngine:
         """
         started = time.monotonic()
         self._decoder.weights.load(directory)
+        if self._options.batch_invariant and self._invariance is None:
+            self._invariance = Invariance(self._decoder, self._max_context)
         running = self._slots.running
         if self._version is not None:
             self._slots.mark(self._version)
@@ -199,6 +205,26 @@ class EmbeddedEngine:
         """Tokens of prompt and completion at which a sample ends. The benchmark overrides it to force lengths."""
         return min(len(request.prompt_ids) + request.sampling.max_tokens, self._max_context)
 
+    def _next_tokens(self, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The next token of every running sample and its log-prob, both [n]."""
+        if self._invariance is None:
+            return self._decode(rows, 0)
+        tiles = [self._decode(tile, first) for first, tile in self._invariance.tiles(rows)]
+        ids, logprobs = (np.concatenate(parts)[: len(rows.places)] for parts in zip(*tiles, strict=True))
+        return ids, logprobs
+
+    def _decode(self, rows: Rows, first: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The same for rows of the cache from `first` on."""
+        if self._invariance is None:
+            bucket = self._options.context_bucket
+            context = min(self._max_context, (int(rows.places.max()) // bucket + 1) * bucket)
+        else:
+            context = self._invariance.context(rows)
+        logits = self._decoder.decode(self._to_device(rows.last_tokens), self._to_device(rows.places), context, first)
+        if self._invariance is not None:
+            logits = widen(logits)
+        return draw(logits, uniforms(rows.seeds, rows.sampled), rows.temperature, rows.top_p, rows.top_k)
+
     def _start_waiting(self) -> None:
         """Fill free slots, oldest request first."""
         while self._slots.free and self._waiting:
@@ -224,6 +250,8 @@ class EmbeddedEngine:
 
     def _batch_size(self, prefixes: list[npt.NDArray[np.int64]]) -> int:
         """How many of the first prefixes make a batch of at most `prefill_tokens` padded tokens; at least one."""
+        if self._options.batch_invariant:
+            return min(1, len(prefixes))
         longest = 0
         for count, prefix in enumerate(prefixes):
             longest = max(longest, len(prefix))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,15 @@ class Rows:
     temperature: npt.NDArray[np.float32]
     top_p: npt.NDArray[np.float32]
     top_k: npt.NDArray[np.int64]
+
+    def tile(self, first: int, width: int) -> Rows:
+        """Rows first..first+width-1; where no sample runs, a first token that is drawn without a filter."""
+        columns = {column.name: getattr(self, column.name)[first : first + width] for column in fields(self)}
+        missing = width - len(columns["places"])
+        return Rows(**{name: np.pad(values, (0, missing), constant_values=_NOTHING.get(name, 0)) for name, values in columns.items()})
+
+
+_NOTHING = {"temperature": 1, "top_p": 1}
 
 
 class Slots:

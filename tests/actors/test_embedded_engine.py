@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.engines import EngineOptions
+from actors.engines.decoder import Decoder
 from actors.engines.embedded import EmbeddedEngine
+from actors.engines.invariance import Invariance, padded
+from actors.engines.slots import Slots
 from protocol.errors import ConfigError, DataError, InfrastructureFault, WeightsError
 from protocol.messages import Span, Version
 from tests.actors.tiny_models import CONTEXT, VOCABULARY, build, drain, prompt, reference_logprobs, request, save
@@ -131,6 +134,54 @@ def test_tokens_do_not_depend_on_slots_neighbours_or_batches(qwen3: tuple[Any, P
         for key, sample in other.items():
             np.testing.assert_array_equal(sample.token_ids, results[0][key].token_ids)
             np.testing.assert_allclose(sample.logprobs, results[0][key].logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_invariant_samples_are_the_same_to_the_last_bit(qwen3: tuple[Any, Path], dtype: str) -> None:
+    """Through other numbers of slots, in other orders, arriving at once or one after the other: other neighbours at every step."""
+    requests = [
+        request(f"r{i}", prompt(3 + 5 * i, i), tuple(range(10 * i, 10 * i + 4)), 30 - 3 * i, top_p=0.8 if i % 3 == 1 else 1.0)
+        for i in range(8)
+    ]
+    results = []
+    for slots, order, pause in ((5, 1, 0), (24, -1, 3), (40, 1, 2), (1, 1, 0)):
+        engine = start(qwen3[1], slots=slots, dtype=dtype, extra={"batch_invariant": True})
+        ended = {}
+        for item in requests[::order]:
+            engine.submit(item)
+            for _ in range(pause):
+                ended.update({(s.request_id, s.position): s for s in engine.step(0)})
+        results.append(ended | drain(engine))
+    assert len(results[0]) == 32
+    assert len({s.token_ids.tobytes() for s in results[0].values()}) > 25
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for key, sample in other.items():
+            assert sample.token_ids.tobytes() == results[0][key].token_ids.tobytes(), key
+            assert sample.logprobs.tobytes() == results[0][key].logprobs.tobytes(), key
+
+
+def test_the_width_of_a_tile_is_what_the_arithmetic_bears(qwen3: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that round by their place, or by how long the context is, are found out, and decoding goes on without them."""
+
+    def exact(self: Decoder, ids: torch.Tensor, positions: torch.Tensor, context: int, first: int = 0) -> torch.Tensor:
+        return torch.outer(torch.sin(ids.float() * 7 + positions), torch.ones(VOCABULARY))
+
+    def by_place(self: Decoder, ids: torch.Tensor, positions: torch.Tensor, context: int, first: int = 0) -> torch.Tensor:
+        return exact(self, ids, positions, context) * (1.0 + 1e-6 * (torch.arange(len(ids)) >= 4))[:, None]
+
+    def by_context(self: Decoder, ids: torch.Tensor, positions: torch.Tensor, context: int, first: int = 0) -> torch.Tensor:
+        return exact(self, ids, positions, context) * (1.0 + 1e-6 * (context < 128))
+
+    for decode, width, shortest in ((exact, 16, 64), (by_place, 4, 64), (by_context, 16, 128)):
+        monkeypatch.setattr(Decoder, "decode", decode)
+        decoder = Decoder(qwen3[1], slots=padded(5), max_context=128, dtype=torch.float32, device=torch.device("cpu"))
+        decoder.weights.load(qwen3[1])
+        found = Invariance(decoder, 128)
+        slots = Slots(5, 128)
+        slots.start(request("r", prompt(3), (1,)), 0, 128)
+        [(first, tile)] = found.tiles(slots.rows())
+        assert (first, len(tile.places), found.width, found.context(tile)) == (0, width, width, shortest)
 
 
 def test_members_of_a_group_share_one_prefill_and_start_as_slots_free_up(qwen3: tuple[Any, Path]) -> None:

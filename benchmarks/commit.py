@@ -1,7 +1,12 @@
-"""What commits cost: `python -m benchmarks.commit [--gigabytes 2]`, or `python -m benchmarks.commit --run RUN` for a run's own record.
+"""What the record costs: ledger, journal and commits.
+
+    python -m benchmarks.commit [--gigabytes 2]     a state of this size is committed while a loop computes
+    python -m benchmarks.commit --run RUN           what a run's learner recorded as journaling and committing
+    python -m benchmarks.commit --rounds 3          the quickstart with the record and without any, in turns
 
 The first trains a small network in a loop, commits a state of the given size in the background meanwhile, and prints how much slower the loop
-was until the commit stood, beside the same loop without one. The second adds up what a run's learner recorded as journaling and committing.
+was until the commit stood, beside the same loop without one. The second adds up what a run's learner recorded as journaling and committing. The third
+compares wall and processor seconds of training; what is left beside the noise of the machine is also said as the seconds of the second way.
 """
 
 from __future__ import annotations
@@ -24,9 +29,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    figures = of_run(options.run) if options.run else of_state(options.gigabytes)
+    if options.run:
+        figures = of_run(options.run)
+    elif options.rounds:
+        figures = of_turns(options.config, options.iterations, options.rounds)
+    else:
+        figures = of_state(options.gigabytes)
     print(json.dumps(figures) if options.json else "\n".join(f"{name:<24} {value:.4g}" for name, value in figures.items()))
     return 0
 
@@ -44,6 +57,41 @@ def of_run(run: Path) -> dict[str, float]:
     ended = json.loads((run / "exit.json").read_text())
     wall = next(phase["wall_s"] for phase in ended["phases"] if phase["name"] == "training")
     return {**{f"{name}_s": value for name, value in seconds.items()}, "training_s": wall, "share": sum(seconds.values()) / wall}
+
+
+def of_turns(config_path: Path, iterations: int, rounds: int) -> dict[str, float]:
+    """Runs with the record and without, one after the other, so that a machine that changes its speed does so for both."""
+    from benchmarks.observe import measure, variant
+    from benchmarks.without_record import blank
+    from rlsys.config import load_config
+    from rlsys.prepare import prepare
+
+    config = prepare(load_config(config_path), lambda text: None).config
+    learner = config.learner.model_dump(mode="json")
+    on, off = variant(config, iterations, {}), variant(config, iterations, {"learner": {**learner, "commit_every": 0}})
+    runs: dict[str, list[dict[str, float]]] = {"on": [], "off": []}
+    recorded: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="rlsys-record-") as name:
+        directory = Path(name)
+        for i in range(rounds):
+            with blank(directory / f"blank-{i}"):
+                runs["off"].append(measure(off, directory / f"off-{i}"))
+            left = sum(path.stat().st_size for path in (directory / f"off-{i}" / "journal").iterdir())
+            if left:
+                raise RuntimeError(f"the run without a record journaled {left} bytes")
+            runs["on"].append(measure(on, directory / f"on-{i}"))
+            recorded.append(of_run(directory / f"on-{i}")["share"])
+            for side in ("off", "on"):
+                print(
+                    f"{side:<4} wall {runs[side][-1]['wall_s']:.1f} s, processors {runs[side][-1]['cpu_s']:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def cost(key: str) -> float:
+        return statistics.median(one[key] for one in runs["on"]) / statistics.median(one[key] for one in runs["off"]) - 1
+
+    return {"cost_of_wall": cost("wall_s"), "cost_of_processors": cost("cpu_s"), "recorded_share_of_wall": statistics.median(recorded)}
 
 
 def of_state(gigabytes: float) -> dict[str, float]:

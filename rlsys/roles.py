@@ -10,7 +10,7 @@ from pathlib import Path
 
 from protocol.errors import Fenced, RunEnded, StalenessViolation, UserError
 from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
-from rlsys.config import RunConfig, parse_config
+from rlsys.config import RunConfig, load_config
 from rlsys.logs import set_up
 from rlsys.schedules import batch_rule, pacing_rule
 from rlsys.stages import stage_plans, stage_rules
@@ -24,11 +24,8 @@ FAULT, USER_ERROR, BUG = 1, 2, 3
 
 
 def load_run(run_dir: Path) -> RunConfig:
-    """The resolved configuration of a run."""
-    import yaml
-
-    path = run_dir / "config.yaml"
-    return parse_config(yaml.safe_load(path.read_text()), str(path))
+    """The resolved configuration of a run. Raises ConfigError."""
+    return load_config(run_dir / "config.yaml")
 
 
 def run_role(spec_json: str) -> int:

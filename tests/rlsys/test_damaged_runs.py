@@ -42,6 +42,16 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, *commands: str) -> st
     return said[0]
 
 
+@pytest.mark.parametrize("content", [b"", b"iterations: [1, 2", b"\xff\xfe\x00", b"- a list", b"iterations: 5\nunheard_of: 1\n"])
+def test_a_torn_configuration(run: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (run / "config.yaml").write_bytes(content)
+    for arguments in (["audit", str(run)], ["replay", str(run)], ["up", "--resume", str(run)]):
+        assert main(arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert all(f"{run / 'config.yaml'}: " in line for line in printed.err.splitlines()), printed.err
+
+
 def change(run: Path, script: str) -> None:
     db = sqlite3.connect(run / "ledger.sqlite")
     db.executescript(script)

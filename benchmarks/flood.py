@@ -1,0 +1,132 @@
+"""Iterations per second of a run while strangers flood all of its sockets, beside the same run left alone and one whose neighbour is flooded.
+
+    python -m benchmarks.flood [--iterations 30] [--rounds 3] [--json]
+
+The strangers are those of tests/system/test_flood.py, one thread per socket, in this process. What they compute themselves is taken from the run
+wherever cores are shared, so the same strangers also flood as many sockets of nobody's (`elsewhere`): the last ratio is what the flood does to
+rlsys, the first what it does to the machine and rlsys together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from protocol.channels import Keys
+from rlsys.rundir import read_json
+from tests.system.test_flood import flood
+
+SIDES = ("alone", "elsewhere", "flooded")
+
+
+def until(run: Path, process: subprocess.Popen[bytes], iteration: int) -> tuple[float, dict[str, Any]]:
+    """When the run reached an iteration, and its status then."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        status = read_json(run / "status.json") or {}
+        if status.get("iteration", 0) >= iteration:
+            return time.time(), status
+        time.sleep(0.05)
+    raise RuntimeError(f"{run}: no iteration {iteration}; see {run / 'logs'}")
+
+
+@contextmanager
+def strangers(addresses: list[str], run_id: int, keys: Keys) -> Iterator[None]:
+    stop = threading.Event()
+    threads = [threading.Thread(target=flood, args=(address, run_id, keys, stop), daemon=True) for address in addresses]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=30)
+
+
+@contextmanager
+def nobodys(number: int, keys: Keys) -> Iterator[list[str]]:
+    """Sockets with the run's kind of lock that take nothing in: what comes waits in the kernel and in ZeroMQ until they are full."""
+    context: zmq.Context[Any] = zmq.Context()
+    addresses = []
+    try:
+        for _ in range(number):
+            sink = context.socket(zmq.ROUTER)
+            sink.linger, sink.rcvhwm = 0, 100
+            sink.curve_server, sink.curve_publickey, sink.curve_secretkey = True, keys.public, keys.secret
+            port = sink.bind_to_random_port("tcp://127.0.0.1")
+            addresses.append(f"tcp://127.0.0.1:{port}")
+        yield addresses
+    finally:
+        context.destroy(linger=0)
+
+
+def iterations_per_s(side: str, config: Path, directory: Path, iterations: int) -> float:
+    """One run; the rate between iteration 3 and the end of its training."""
+    run = directory / "run"
+    changes = [f"iterations={iterations}", "transport.kind=tcp", "evaluation.at_start=false", "evaluation.at_end=false"]
+    arguments = [argument for change in changes for argument in ("--set", change)]
+    command = [sys.executable, "-P", "-m", "rlsys", "up", str(config), "--run-dir", str(run), "--plain", *arguments]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+    )
+    try:
+        with ExitStack() as stack:
+            started, status = until(run, process, 3)
+            content = json.loads((run / "keys.json").read_text())
+            keys = Keys(content["public"].encode(), content["secret"].encode())
+            addresses = sorted({a for p in status["processes"] for a in p["addresses"].values() if a.startswith("tcp://")})
+            if side == "elsewhere":
+                addresses = stack.enter_context(nobodys(len(addresses), keys))
+            if side != "alone":
+                stack.enter_context(strangers(addresses, int(status["run_id"], 16), keys))
+            first = status["iteration"]
+            ended, status = until(run, process, iterations - 1)
+            rate = (status["iteration"] - first) / (ended - started)
+        process.wait(timeout=120)
+        return float(rate)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory(prefix="rlsys-flood-") as name:
+        for i in range(options.rounds):
+            for side in SIDES:
+                place = Path(name) / f"{side}-{i}"
+                place.mkdir()
+                rates[side].append(iterations_per_s(side, options.config, place, options.iterations))
+                print(f"{side:<10} {rates[side][-1]:.3f} iterations per second", file=sys.stderr, flush=True)
+    middle = {side: statistics.median(values) for side, values in rates.items()}
+    ratios = {f"flooded_to_{other}": middle["flooded"] / middle[other] for other in ("alone", "elsewhere")}
+    if options.json:
+        print(json.dumps({"rates": rates, **ratios}))
+    else:
+        print(f"alone {middle['alone']:.3f} iterations per second; flooded {ratios['flooded_to_alone']:.2f} of that, and")
+        print(f"{ratios['flooded_to_elsewhere']:.2f} of the rate beside the same flood at other sockets")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

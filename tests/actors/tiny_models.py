@@ -66,6 +66,25 @@ def request(name: str, prompt_ids: npt.NDArray[np.int32], seeds: tuple[int, ...]
     return SampleRequest(request_id=name, prompt_ids=prompt_ids, seeds=seeds, sampling=Sampling(max_tokens=max_tokens, **sampling))
 
 
+def until_tokens(engine: Engine, name: str, count: int, deadline_s: float = 60.0) -> dict[tuple[str, int], Sampled]:
+    """Step until a running sample of the request has `count` tokens, or any sample ended; returns those that did."""
+    until, ended = time.monotonic() + deadline_s, {}
+    while not ended and engine.load.progress.get(name, 0) < count:
+        ended = {(s.request_id, s.position): s for s in engine.step(0.1)}
+        assert time.monotonic() < until, f"{name} has not got {count} tokens within {deadline_s} s: {engine.load}"
+    return ended
+
+
+def in_flight(engine: Engine, name: str, seeds: tuple[int, ...], *, count: int, max_tokens: int) -> str:
+    """Start a request on `prompt(7)` and return its name once it has `count` tokens and runs. On a busy machine one may end unseen: then another."""
+    for attempt in range(20):
+        engine.submit(request(f"{name}.{attempt}", prompt(7), seeds, max_tokens))
+        if not until_tokens(engine, f"{name}.{attempt}", count):
+            return f"{name}.{attempt}"
+        drain(engine)
+    raise AssertionError(f"no request was seen running with {count} of {max_tokens} tokens")
+
+
 def drain(engine: Engine, deadline_s: float = 60.0) -> dict[tuple[str, int], Sampled]:
     """Step until nothing runs or waits; (request_id, position) -> completion, each exactly once."""
     until, ended = time.monotonic() + deadline_s, {}

@@ -13,7 +13,7 @@ from actors.engines import ENGINES, Engine, EngineOptions
 from protocol.errors import WeightsError
 from protocol.messages import Span, Version
 from protocol.registry import resolve
-from tests.actors.tiny_models import CONTEXT, VOCABULARY, build, drain, prompt, reference_logprobs, request, save
+from tests.actors.tiny_models import CONTEXT, VOCABULARY, build, drain, in_flight, prompt, reference_logprobs, request, save, until_tokens
 
 MARKS: dict[str, list[pytest.MarkDecorator]] = {"sglang": [pytest.mark.sglang]}
 """Engines that need more than the CI machine has, and the marker that says so."""
@@ -70,11 +70,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(model_engine: Engine, models:
 
 def test_tokens_across_a_swap_belong_to_the_version_that_their_span_names(model_engine: Engine, models: list[tuple[Any, Path]]) -> None:
     engine = model_engine
-    engine.submit(request("r", prompt(7), (1, 2), max_tokens=40))
-    ended = {}
-    while engine.load.progress.get("r", 0) < 5:
-        ended.update({(s.request_id, s.position): s for s in engine.step(0.1)})
-    assert not ended
+    in_flight(engine, "r", (1, 2), count=5, max_tokens=40)
     engine.load_weights(models[1][1], Version(3, 1))
     assert engine.version == Version(3, 1) and engine.load.swaps == 1
     for sample in drain(engine).values():
@@ -117,8 +113,7 @@ def test_the_context_ends_a_sample(engine: Engine) -> None:
 def test_abort_returns_what_was_sampled_and_leaves_others_alone(engine: Engine) -> None:
     engine.submit(request("kept", prompt(4, 1), (1,), max_tokens=20))
     engine.submit(request("ended", prompt(5), tuple(range(6)), max_tokens=50))  # more samples than slots
-    while engine.load.progress.get("ended", 0) < 3:
-        assert not engine.step(0.1)
+    assert not until_tokens(engine, "ended", 3)
     engine.abort("ended")
     engine.abort("never heard of")
     ended = drain(engine)
@@ -154,10 +149,11 @@ def test_a_prompt_that_cannot_be_sampled_is_refused(engine: Engine, ids: list[in
 
 def test_a_wrong_directory_leaves_the_old_version_at_work(model_engine: Engine, models: list[tuple[Any, Path]], tmp_path: Path) -> None:
     engine = model_engine
-    engine.submit(request("r", prompt(5), (1,), max_tokens=10))
-    engine.step(0.1)
+    engine.submit(request("r", prompt(5), (1,), max_tokens=40))
+    ended = until_tokens(engine, "r", 2)
     with pytest.raises(WeightsError, match=str(tmp_path)):
         engine.load_weights(tmp_path, Version(1))
     assert engine.version == Version(0)
-    sample = drain(engine)["r", 0]
+    sample = (ended | drain(engine))["r", 0]
+    assert len(sample.token_ids) == 40
     np.testing.assert_allclose(sample.logprobs, reference_logprobs(models[0][0], prompt(5), sample.token_ids, 1.0), atol=1e-5)

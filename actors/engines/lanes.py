@@ -13,15 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from protocol.errors import InfrastructureFault
+
 Post = Callable[[str, dict[str, Any]], dict[str, Any]]
 """(path, body) -> the server's answer; raises InfrastructureFault for one that is no success."""
+
+
+class PartlyLoaded(InfrastructureFault):
+    """An update broke off after some tensors: the server's weights are of no version."""
 
 
 class Lane(Protocol):
     """One way."""
 
     def update(self, directory: Path, version: str, flush: bool) -> None:
-        """Load all tensors of `directory` under the label `version`; `flush` empties the prefix cache. Raises InfrastructureFault."""
+        """Load all tensors of `directory` under the label `version`; `flush` empties the prefix cache.
+
+        Raises WeightsError or InfrastructureFault and leaves the old weights, or PartlyLoaded when some are new.
+        """
 
 
 class DiskLane:

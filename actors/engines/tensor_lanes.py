@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -18,34 +21,61 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from actors.engines.lanes import Post
+from actors.engines.lanes import PartlyLoaded, Post
 from actors.engines.sglang_server import free_port
-from protocol.errors import InfrastructureFault
+from protocol.errors import InfrastructureFault, WeightsError
 
 PIECE_BYTES = 512 << 20
 SESSION_SINCE = (0, 5, 21)
 """From here on updates stand between /begin_weight_update and /end_weight_update."""
 GROUP = "rlsys_weights"
+"""Begins the name of a group. Each has a number of its own, because a server that was started again is met in a new one."""
+_numbers = itertools.count()
+Send = Callable[[list[tuple[str, Tensor]], str | None, bool], None]
+"""(piece, version with the last one, whether to flush)."""
 
 
 def pieces(directory: Path, device: torch.device) -> Iterator[list[tuple[str, Tensor]]]:
-    """All tensors of a weights directory on `device`, in lists of at most PIECE_BYTES."""
+    """All tensors of a weights directory on `device`, in lists of at most PIECE_BYTES. Raises WeightsError, before the first for files cut off."""
     piece: list[tuple[str, Tensor]] = []
     size = 0
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                tensor = file.get_tensor(name).to(device)
-                if piece and size + tensor.nbytes > PIECE_BYTES:
-                    yield piece
-                    piece, size = [], 0
-                piece.append((name, tensor))
-                size += tensor.nbytes
+    try:
+        with ExitStack() as opened:  # every file first, which shows those that end early
+            files = [
+                opened.enter_context(safe_open(path, framework="pt", device="cpu")) for path in sorted(directory.glob("*.safetensors"))
+            ]
+            for file in files:
+                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                    tensor = file.get_tensor(name).to(device)
+                    if piece and size + tensor.nbytes > PIECE_BYTES:
+                        yield piece
+                        piece, size = [], 0
+                    piece.append((name, tensor))
+                    size += tensor.nbytes
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{directory}: cannot be read ({error})") from None
     if piece:
         yield piece
+
+
+def send_all(directory: Path, device: torch.device, version: str, flush: bool, send: Send) -> None:
+    """Hand each piece to `send`, the last one with the version. Raises PartlyLoaded when it breaks off between two of them."""
+    sent, waiting = 0, None
+    try:
+        for piece in pieces(directory, device):
+            if waiting is not None:
+                send(waiting, None, False)
+                sent += 1
+            waiting = piece
+        assert waiting is not None, f"{directory} was checked to hold tensors"
+        send(waiting, version, flush)
+    except (InfrastructureFault, WeightsError, RuntimeError) as error:
+        if sent:
+            raise PartlyLoaded(f"{directory}: the update broke off after {sent} pieces ({error})") from None
+        raise
 
 
 def _device(name: str) -> torch.device:
@@ -83,17 +113,14 @@ class TensorLane:
     def update(self, directory: Path, version: str, flush: bool) -> None:
         """One request per piece; the last one names the version and flushes."""
         with _Session(self._post, self._server):
-            waiting = None
-            for piece in pieces(directory, self._device):
-                if waiting is not None:
-                    self._send(waiting, None, False)
-                waiting = piece
-            assert waiting is not None, f"{directory} was checked to hold tensors"
-            self._send(waiting, version, flush)
+            send_all(directory, self._device, version, flush, self._send)
 
     def _send(self, piece: list[tuple[str, Tensor]], version: str | None, flush: bool) -> None:
         buffer = io.BytesIO()
-        ForkingPickler(buffer).dump([(name, tensor.contiguous()) for name, tensor in piece])
+        try:
+            ForkingPickler(buffer).dump([(name, tensor.contiguous()) for name, tensor in piece])
+        except (RuntimeError, OSError) as error:
+            raise WeightsError(f"{sum(t.nbytes for _, t in piece)} bytes cannot be put into shared memory ({error})") from None
         text = base64.b64encode(buffer.getvalue()).decode()
         body: dict[str, Any] = {"serialized_named_tensors": [text] * self._tp, "flush_cache": flush}
         if version is not None:
@@ -110,6 +137,7 @@ class DistributedLane:
         self._post, self._server, self._tp = post, server, tp
         self._device = _device(device)
         self._backend = "nccl" if self._device.type == "cuda" else "gloo"
+        self._name = f"{GROUP}_{os.getpid()}_{next(_numbers)}"
         self._group: Any = None
 
     def update(self, directory: Path, version: str, flush: bool) -> None:
@@ -117,13 +145,7 @@ class DistributedLane:
         if self._group is None:
             self._group = self._join()
         with _Session(self._post, self._server):
-            waiting = None
-            for piece in pieces(directory, self._device):
-                if waiting is not None:
-                    self._send(waiting, None, False)
-                waiting = piece
-            assert waiting is not None, f"{directory} was checked to hold tensors"
-            self._send(waiting, version, flush)
+            send_all(directory, self._device, version, flush, self._send)
 
     def _join(self) -> Any:
         """Meet the server's ranks: they wait for this process and it for them, so the request runs beside."""
@@ -133,11 +155,11 @@ class DistributedLane:
             "master_port": port,
             "rank_offset": 1,
             "world_size": self._tp + 1,
-            "group_name": GROUP,
+            "group_name": self._name,
             "backend": self._backend,
         }
         asking = _Beside(lambda: self._post("/init_weights_update_group", body))
-        group = _new_group(f"tcp://{host}:{port}", self._backend, self._tp + 1)
+        group = _new_group(f"tcp://{host}:{port}", self._backend, self._tp + 1, self._name)
         asking.result()
         return group
 
@@ -146,7 +168,7 @@ class DistributedLane:
             "names": [name for name, _ in piece],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in piece],
             "shapes": [list(tensor.shape) for _, tensor in piece],
-            "group_name": GROUP,
+            "group_name": self._name,
             "flush_cache": flush,
         }
         if version is not None:
@@ -179,7 +201,7 @@ class _Beside:
             raise self._error
 
 
-def _new_group(address: str, backend: str, size: int) -> Any:
+def _new_group(address: str, backend: str, size: int, name: str) -> Any:
     """A process group beside the default one, as SGLang's ranks make theirs: a store at `address` under the group's name."""
     from datetime import timedelta
 
@@ -194,8 +216,8 @@ def _new_group(address: str, backend: str, size: int) -> Any:
         rank,
         [],
         dist.Backend(backend),
-        PrefixStore(GROUP, store),
-        group_name=GroupName(GROUP),
+        PrefixStore(name, store),
+        group_name=GroupName(name),
         timeout=timeout,
         backend_options=None,
     )

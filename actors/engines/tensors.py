@@ -1,4 +1,4 @@
-"""What a weights directory holds by its safetensors headers alone: names and shapes, read without any tensor library."""
+"""What a weights directory holds by its safetensors headers and sizes: names and shapes, read without any tensor library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIED = "lm_head.weight"
 
 
 def read_shapes(directory: Path) -> Shapes:
-    """Tensor -> shape over all safetensors files of a directory. Raises WeightsError when there are none, or one cannot be read."""
+    """Tensor -> shape over all safetensors files of a directory. Raises WeightsError when there are none, or one cannot be read or is cut off."""
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not files:
         raise WeightsError(f"{directory}: holds no *.safetensors weights")
@@ -25,6 +25,9 @@ def read_shapes(directory: Path) -> Shapes:
                 if not 2 <= size <= path.stat().st_size - 8:
                     raise WeightsError(f"{path}: a header of {size} bytes in a file of {path.stat().st_size}")
                 header = json.loads(file.read(size))
+            end = 8 + size + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            if end != path.stat().st_size:  # SGLang dies of such a file instead of refusing it
+                raise WeightsError(f"{path}: has {path.stat().st_size} bytes, its header says {end}")
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None

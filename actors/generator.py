@@ -82,7 +82,7 @@ class Generator:
         self._loaded: Version | None = None
         self._held: list[_Running] | None = None
         self._restarts = 0
-        self._paused_s, self._canary_error = 0.0, 0.0
+        self._paused_s, self._load_s, self._canary_error = 0.0, 0.0, 0.0
         self._running: dict[str, _Running] = {}
         self._outbox: deque[Completion] = deque()
         self._unacknowledged: OrderedDict[Key, Completion] = OrderedDict()
@@ -106,18 +106,14 @@ class Generator:
             self._node.watch(self._wake_fd)
         while True:
             load = self._engine.load
-            if self._busy(load):
-                self._node.recorder.enter("decode")
-                self._node.poll(min(load.ready_in_s, IDLE_WAIT_S))
-            else:
-                self._node.recorder.enter(*self._wait())
-                self._node.poll(IDLE_WAIT_S)
+            self._node.recorder.enter(*(self._sampling(load) if self._busy(load) else self._wait()))
+            self._node.poll(min(load.ready_in_s, IDLE_WAIT_S) if self._busy(load) else IDLE_WAIT_S)
             self._receive()
             self._load_weights()
             load = self._engine.load
             if self._busy(load) or self._wake_fd is not None:
                 if self._busy(load):
-                    self._node.recorder.enter("decode")
+                    self._node.recorder.enter(*self._sampling(load))
                 for sampled in self._engine.step(IDLE_WAIT_S if self._wake_fd is None else 0.0):
                     self._complete(sampled)
                 self._tell_faults()
@@ -127,6 +123,9 @@ class Generator:
     def _busy(self, load: EngineLoad) -> bool:
         """Whether the engine samples; one that has lost its weights only waits for them."""
         return load.running + load.waiting > 0 and self._engine.version is not None
+
+    def _sampling(self, load: EngineLoad) -> tuple[str, str, str]:
+        return ("waiting:engine", "", f"its {load.trouble.server} {load.trouble.doing}") if load.trouble else ("decode", "", "")
 
     def _tell_faults(self) -> None:
         """An engine that lost its server says so; it mends itself once weights are loaded again, which `pending` now asks for."""
@@ -230,11 +229,11 @@ class Generator:
             return
         with self._node.recorder.during("swap weights", "learner", f"v{ready.number}", iteration=ready.number):
             self._node.beat()  # loading may take long and cannot be interrupted: say so before
-            loaded = self._away(lambda: self._intake.load(ready))
+            loaded = self._away(lambda: self._intake.load(ready), ready)
         self._tell_faults()
         for link in self._learner.values():
             link.send(loaded)
-        self._paused_s += loaded.pause_s
+        self._paused_s, self._load_s = self._paused_s + loaded.pause_s, loaded.load_s
         self._canary_error = 0.0 if math.isnan(loaded.canary_error) else loaded.canary_error
         if self._intake.quarantined:
             self._hold(loaded.error)
@@ -244,7 +243,7 @@ class Generator:
         if self._intake.failures > RELOADS:
             raise WeightsError(f"{self._intake.failures} loads in a row failed, the last: {loaded.error}")
 
-    def _away(self, call: Callable[[], WeightsLoaded]) -> WeightsLoaded:
+    def _away(self, call: Callable[[], WeightsLoaded], ready: WeightsReady) -> WeightsLoaded:
         """Do what may take minutes in a thread of its own, for an engine that works elsewhere; meanwhile say that this process lives.
 
         When the run ends meanwhile the thread is left behind: closing the engine ends what it waits for.
@@ -262,6 +261,12 @@ class Generator:
 
         threading.Thread(target=work, name="load weights", daemon=True).start()
         while not done.done():
+            trouble = self._engine.load.trouble
+            if trouble is not None and trouble.doing == "starts":
+                self._node.recorder.enter("start server", "", trouble.server, iteration=ready.number)
+            else:
+                self._node.recorder.enter("swap weights", "learner", f"v{ready.number}", iteration=ready.number)
+            self._tell_faults()
             self._node.poll(IDLE_WAIT_S)
         return done.result()
 
@@ -346,8 +351,9 @@ class Generator:
         return "waiting:tasks", "dispatcher", ""
 
     def _facts(self) -> dict[str, Any]:
-        """For `rlsys why`: the loaded version, and where the groups are that are here, oldest first."""
-        version, tokens = self._engine.version, self._engine.load.progress
+        """For `rlsys why`: the loaded version, what is up with the engine's server, and where the groups are that are here, oldest first."""
+        load = self._engine.load
+        version, tokens, trouble = self._engine.version, load.progress, load.trouble
         groups = [
             (r.task.group_id, len(r.left), tokens.get(request_id, 0), r.task.max_tokens, r.started_s)
             for request_id, r in islice(self._running.items(), FACTS)
@@ -360,6 +366,7 @@ class Generator:
             "device": self._device,
             "version": version.number if version else -1,
             "announced": self._intake.announced,
+            "server": [trouble.server, trouble.doing, trouble.for_s, trouble.detail[:300]] if trouble else [],
             "running": groups,
             "sent": [(group, peer, count) for (group, peer), count in islice(sent.items(), FACTS)],
             "outbox": len(self._outbox),
@@ -379,5 +386,6 @@ class Generator:
             "generator/capacity": load.capacity,
             "generator/restarts": load.restarts,
             "generator/pause_s": self._paused_s,
+            "generator/load_s": self._load_s,
             "generator/canary_error": self._canary_error,
         }

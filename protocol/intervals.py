@@ -36,10 +36,11 @@ ACTIVITIES = {
     "prefill": "reading prompts",
     "decode": "sampling tokens",
     "swap weights": "verifying and loading a version, running samples stand still",
+    "start server": "the engine's server is started, or started again",
     "waiting:first weights": "nothing is loaded yet",
     "waiting:tasks": "the engine is empty",
     "waiting:reward credit": "back-pressure: reward actors take no more completions",
-    "waiting:engine": "an engine process works",
+    "waiting:engine": "the engine's server shows no life",
     # reward actor, and its scoring threads
     "scoring": "at least one thread scores",
     "read text": "tokens become text",

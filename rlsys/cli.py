@@ -183,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     install.add_argument(
         "--dir", type=Path, metavar="DIR", help="where to (default: ~/.cache/rlsys/engines/ENGINE-DEVICE, found by itself)"
     )
+    install.add_argument("--dry-run", action="store_true", help="say what would be downloaded and do nothing")
     install.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
     export = _command(commands, "export", _export, "write a run's policy as a Hugging Face directory: weights, configuration, tokenizer")
@@ -364,7 +365,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _engines_install(options: argparse.Namespace) -> int:
     from rlsys.engines import install
 
-    return install(options.engine, options.device, options.dir, as_json=options.json)
+    return install(options.engine, options.device, options.dir, as_json=options.json, dry_run=options.dry_run)
 
 
 def _status(options: argparse.Namespace) -> int:

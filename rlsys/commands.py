@@ -25,17 +25,17 @@ def check(paths: Sequence[Path], overrides: Sequence[str], *, as_json: bool) -> 
         try:
             config = load_config(path, overrides)
             check_builtin(config)
-            check_plugins(config)
+            missing = check_plugins(config)
             check_files(config)
         except UserError as error:
             faults += 1
             print(f"rlsys: {error}", file=sys.stderr)
             continue
-        resolved.append({"file": str(path), "config": config.model_dump(mode="json")})
+        resolved.append({"file": str(path), "config": config.model_dump(mode="json"), "missing": missing})
         if not as_json:
             note = "  (what is built in is made on first use)" if uses_builtin(config) else ""
             print(f"{path}: ok{note}")
-            print("\n".join(f"  {line}" for line in describe(config)))
+            print("\n".join(f"  {line}" for line in [*describe(config), *(f"missing     {text}" for text in missing)]))
     if as_json:
         print(json.dumps(resolved, indent=1))
     return 2 if faults else 0
@@ -198,8 +198,10 @@ def status(run: Path, *, as_json: bool) -> int:
     for result in content.get("evaluations", []):
         print(f"  held-out pass@1 {result['pass_at_1']:.3f} at v{result['version']} ({result['problems']} problems)")
     for process in content["processes"]:
-        peer = f" ({process['peer']}{': ' + process['detail'] if process['detail'] else ''})" if process["peer"] else ""
-        print(f"  {process['name']:<14} pid {process['pid']:<8} {process['doing']} for {process['for_s']:.1f} s{peer}")
+        about = ": ".join(filter(None, (process["peer"], process["detail"])))
+        print(
+            f"  {process['name']:<14} pid {process['pid']:<8} {process['doing']} for {process['for_s']:.1f} s{f' ({about})' if about else ''}"
+        )
     return 0
 
 

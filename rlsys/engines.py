@@ -72,8 +72,11 @@ def read_lock(engine: str, device: str) -> Lock:
     )  # fmt: skip
 
 
-def install(engine: str, device: str, directory: Path | None, *, as_json: bool) -> int:
-    """Make the environment, or find it complete. Raises ConfigError when it cannot be made; running it again goes on from there."""
+def install(engine: str, device: str, directory: Path | None, *, as_json: bool, dry_run: bool = False) -> int:
+    """Make the environment, or find it complete. Raises ConfigError when it cannot be made; running it again goes on from there.
+
+    With `dry_run` only say what would be done.
+    """
     lock = read_lock(engine, device)
     target = (directory or environment_dir(engine, device)).expanduser().resolve()
 
@@ -83,6 +86,13 @@ def install(engine: str, device: str, directory: Path | None, *, as_json: bool) 
     started = time.monotonic()
     found = read_environment(target)
     fresh = found is None or found.lock != lock.digest
+    if dry_run:
+        ready = "there is another state of it, which would be brought up to date" if fresh and found is not None else "it is not there yet"
+        say(f"{_plan(lock, target)}: {ready if fresh else 'it is there, nothing would be done'}")
+        if as_json:
+            print(json.dumps({"engine": engine, "device": device, "version": lock.server, "directory": str(target), "packages": lock.num_packages,
+                              "download_mb": lock.download_mb, "disk_mb": lock.disk_mb, "needed": fresh}))  # fmt: skip
+        return 0
     if fresh:
         with _only_one(target):
             found = read_environment(target)  # another one may just have made it
@@ -100,11 +110,15 @@ def install(engine: str, device: str, directory: Path | None, *, as_json: bool) 
     return 0
 
 
-def _make(lock: Lock, target: Path, say: Callable[[str], None]) -> None:
-    say(
+def _plan(lock: Lock, target: Path) -> str:
+    return (
         f"{lock.engine} {lock.server} for {lock.device}: {lock.torch} with its dependencies and {lock.num_packages} packages, "
         f"about {lock.download_mb} MB to download and {lock.disk_mb} MB on disk, into {target}"
     )
+
+
+def _make(lock: Lock, target: Path, say: Callable[[str], None]) -> None:
+    say(_plan(lock, target))
     room = shutil.disk_usage(_existing(target)).free / 1e6
     if room < lock.disk_mb and not (target / "bin").exists():
         raise ConfigError(f"{target}: {room:.0f} MB are free, {lock.disk_mb} MB are needed")

@@ -109,6 +109,7 @@ class Fleets:
             "engine/swap_pause_s_total": self.sum("generator/pause_s"),
             "engine/restarts_total": self.sum("generator/restarts"),
             "engine/capacity": self.sum("generator/capacity"),
+            "engine/load_s": max((values.get("generator/load_s", 0.0) for values in self._gauges.values()), default=0.0),
             "engine/canary_error": max((values.get("generator/canary_error", 0.0) for values in self._gauges.values()), default=0.0),
             "engine/mixed_share": self.sum("generator/mixed_samples") / sampled if sampled else 0.0,
             "sandbox/samples_total": self.sum("rewarder/scored"),

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from actors.dataset import Problem, read_problems
-from actors.engines import ENGINE_OPTIONS
+from actors.engines import ENGINE_CHECKS, ENGINE_OPTIONS
 from actors.rewards import REWARDS
 from actors.text import Text, context_length, stop_token_ids
 from learner.steps import STEP_OPTIONS, STEPS
@@ -53,7 +53,8 @@ def check_builtin(config: RunConfig) -> None:
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     """Make what is built in, and read what is not. Raises ConfigError or DataError, with nothing started."""
     check_builtin(config)
-    check_plugins(config)
+    if missing := check_plugins(config):
+        raise ConfigError("; ".join(missing))
     check_files(config)
     started, cached = time.monotonic(), True
     if uses_builtin(config):
@@ -63,8 +64,11 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     return Prepared(config, seconds, cached)
 
 
-def check_plugins(config: RunConfig) -> None:
-    """Raise UserError for a reward that cannot be imported, or options that it does not have. Starts nothing, imports no torch of ours."""
+def check_plugins(config: RunConfig) -> list[str]:
+    """What is missing on this host for a run, in sentences. Starts nothing, imports no torch of ours.
+
+    Raises UserError for a reward that cannot be imported, or options that a part does not have.
+    """
     settings = config.rewarders
     reward = resolve(settings.reward, REWARDS, "reward")
     options = getattr(sys.modules.get(getattr(reward, "__module__", "")), "Options", None)
@@ -79,6 +83,17 @@ def check_plugins(config: RunConfig) -> None:
             f"learner.step_options: step {config.learner.step!r} has no options, found {', '.join(config.learner.step_options)}"
         )
     _check_speeds(config)
+    return _missing(config)
+
+
+def _missing(config: RunConfig) -> list[str]:
+    """What the engine lacks here."""
+    generators = config.generators
+    if generators.engine not in ENGINE_CHECKS:
+        return []
+    options = resolve("options", {"options": ENGINE_OPTIONS[generators.engine]}, "options").model_validate(generators.options)
+    found: list[str] = resolve("check", {"check": ENGINE_CHECKS[generators.engine]}, "check")(options, generators.device, generators.count)
+    return [f"generators: {text}" for text in found]
 
 
 def _check_speeds(config: RunConfig) -> None:

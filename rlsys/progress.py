@@ -13,7 +13,9 @@ from rich.text import Text
 
 from protocol.messages import Event
 from rlsys.screen import duration, screen
+from rlsys.states import from_data
 from rlsys.supervisor import View
+from rlsys.waits import servers
 
 REFRESH_S = 0.5
 PLAIN_S = 10.0
@@ -57,13 +59,21 @@ def event_line(event: Event) -> str | None:
         return f"{data['how']}; it is started again"
     if event.name == "learner resumed":
         return f"the learner goes on from v{data['version']} and trains {data['batches']} recorded batches again"
+    if event.name == "engine restarted":
+        return f"{event.identity.partition('@')[0]} lost its server and starts it again ({data['restarts']} so far): {data['fault'][:300]}"
+    if event.name == "quarantine":
+        return f"{event.identity.partition('@')[0]} takes back {data['groups']} groups and loads its weights once more: {data['reason']}"
     if event.name == "weights refused":
         return f"{data['generator']} refused v{data['version']}: {data['error']}"
     return None
 
 
 def summary(view: View) -> str:
-    """One line: where the run is."""
+    """One line: where the run is, and which servers of engines do not sample."""
+    return "; ".join([_where(view), *servers(from_data(process) for process in view.status.get("processes", ()))])
+
+
+def _where(view: View) -> str:
     snapshot, last = view.snapshot, view.snapshot.get("last", {})
     if not last and view.training_since_s is not None:
         running = snapshot.get("queues", {}).get("queues/samples_running", 0)

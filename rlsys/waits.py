@@ -88,7 +88,7 @@ class Blame:
 
     name: str
     kind: str
-    """stopped, silent, deaf, stuck, weights, starting"""
+    """stopped, silent, deaf, stuck, weights, starting, server"""
     for_s: float
     what: str
     """In words, beginning with its name."""
@@ -151,10 +151,12 @@ def explain(states: Iterable[ProcessState], limits: Limits, clock_s: float = 0.0
 
 
 def nothing_moves(states: Sequence[ProcessState], for_s: float) -> bool:
-    """Whether every process of the ring has been without a result for so long, and none that can be heard computes for the learner."""
+    """Whether every process of the ring has been without a result for so long, none that can be heard computes for the learner, and no
+    generator starts its engine's server."""
     ring = [state for state in states if state.role != "dashboard"]
     trains = any(s.role == "learner" and not s.waits and not s.stopped and s.computing for s in ring)
-    return bool(ring) and not trains and all(s.registered and s.quiet_s >= for_s for s in ring)
+    starts = any((server := _server(s)) is not None and server[0] and not s.stopped and s.computing for s in ring)
+    return bool(ring) and not trains and not starts and all(s.registered and s.quiet_s >= for_s for s in ring)
 
 
 # ---------------------------------------------------------------------------------------------------- who is to blame
@@ -174,6 +176,10 @@ def _blame(state: ProcessState, ring: Sequence[ProcessState], limits: Limits, cl
         return blame("silent", state.silent_s, f"has been silent for {state.silent_s:.0f} s and uses no processor; it was last {at}")
     if state.silent_s > limits.deaf_s:
         return blame("deaf", state.silent_s, f"computes, but has not answered for {state.silent_s:.0f} s; it was last {at}")
+    if (server := _server(state)) is not None:
+        starts, for_s, text = server
+        kind, patience_s = ("starting", limits.quiet_s) if starts else ("server", limits.silent_s)
+        return blame(kind, for_s, text) if for_s > patience_s else None
     if not state.waits and state.role != "dashboard" and state.quiet_s > limits.quiet_s and not state.computing:
         return blame("stuck", state.quiet_s, f"has been {at} for {state.for_s:.0f} s without any result or processor time")
     return _without_weights(state, ring, limits, clock_s)
@@ -304,14 +310,40 @@ def _facts(state: ProcessState | None, name: str) -> list[Any]:
     return list(state.facts.get(name, ())) if state is not None else []
 
 
+def _server(state: ProcessState) -> tuple[bool, float, str] | None:
+    """Whether the server of a generator's engine starts, for how long it has done that or shown no life, and all of it in words without
+    the generator's name. None if it samples, or if there is none."""
+    facts = state.facts.get("server")
+    if not facts:
+        return None
+    server, doing, for_s, detail = facts
+    for_s += state.silent_s
+    if doing == "starts":
+        return (
+            True,
+            for_s,
+            f"has been starting its {server} for {for_s:.0f} s" + (f", because of the one before: {detail}" if detail else ""),
+        )
+    return False, for_s, f"has had no answer from its {server} for {for_s:.0f} s" + (f" ({detail})" if detail else "")
+
+
+def servers(states: Iterable[ProcessState]) -> list[str]:
+    """What is up with engines' servers that do not sample, in words."""
+    return [f"{state.name} {server[2]}" for state in states if (server := _server(state)) is not None]
+
+
 def _does(state: ProcessState) -> str:
     if state.stopped:
         return "is stopped"
+    if (server := _server(state)) is not None:
+        return server[2]
     if state.waits:
         return f"waits for {state.doing.removeprefix(WAITING)}" + (f" from {state.peer}" if state.peer else "")
     return f"is at {state.doing!r}"
 
 
 def _work(state: ProcessState) -> str:
+    if (server := _server(state)) is not None:
+        return f"{state.name} {server[2]}"
     detail = f" ({state.detail})" if state.detail else ""
     return f"{state.name} has been at {state.doing!r} for {state.for_s:.0f} s{detail}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,11 @@ ENGINE_OPTIONS = {
     "sglang": "actors.engines.sglang_options:Options",
 }
 """Name -> pydantic model of `generators.options`, importable without torch, so that a run is checked before anything starts."""
+
+
+ENGINE_CHECKS = {"sglang": "actors.engines.sglang_check:check"}
+"""Name -> function of (options, device, number of actors) that is asked before a run: what is missing on this host, in sentences; it raises
+ConfigError for what can work nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,18 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerTrouble:
+    """Why an engine's server does not sample now."""
+
+    server: str
+    """Its name, such as "SGLang server"."""
+    doing: Literal["starts", "is silent", "is stopped"]
+    for_s: float
+    detail: str = ""
+    """Why it is started again; which of its processes is stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
     """How busy an engine is, in samples and tokens."""
 
@@ -88,6 +105,8 @@ class EngineLoad:
     """How often the engine lost what it samples with and started it again. Each time unfinished samples begin anew from their seeds."""
     fault: str = ""
     """Why, the last time."""
+    trouble: ServerTrouble | None = None
+    """What keeps the engine's server, if it has one, from sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,35 @@ def find_python(engine: str, device: str, given: Path | None) -> Path:
     Raises ConfigError that says how to get one.
     """
     if given is not None:
-        if not os.access(given, os.X_OK):
-            raise ConfigError(f"{engine} engine: python is {given}, which is no program that can be run")
+        _demand_package(engine, given)
         return given
-    directory = environment_dir(engine, device)
-    found = read_environment(directory)
+    found = read_environment(environment_dir(engine, device))
     if found is None:
-        raise ConfigError(f"{engine} engine: no environment in {directory}; make it with: rlsys engines install {engine} --device {device}")
+        raise ConfigError(f"{engine} engine: {missing_environment(engine, device)}")
     return found.python
+
+
+def missing_environment(engine: str, device: str) -> str:
+    """Empty if the environment is there, else how to get it."""
+    directory = environment_dir(engine, device)
+    if read_environment(directory) is not None:
+        return ""
+    return f"no environment in {directory}; make it with: rlsys engines install {engine} --device {device} (or make {engine} SGLANG_DEVICE={device})"
+
+
+def _demand_package(engine: str, python: Path) -> None:
+    """Raise ConfigError for an interpreter that is none, or lacks the engine's package. Imports nothing there: that would take seconds."""
+    where = f"{engine} engine: python is {python}"
+    if not python.is_file() or not os.access(python, os.X_OK):
+        raise ConfigError(f"{where}, which is no program that can be run")
+    code = "import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]) is not None)"
+    try:
+        done = subprocess.run(
+            [str(python), "-I", "-c", code, engine], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{where}, which cannot be run ({error})") from None
+    if done.stdout.strip() == "False":
+        raise ConfigError(f"{where}, which has no {engine}; make an environment with: rlsys engines install {engine}")
+    if done.returncode or done.stdout.strip() != "True":
+        raise ConfigError(f"{where}, which is no Python interpreter")

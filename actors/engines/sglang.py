@@ -21,16 +21,16 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from actors.engines import EngineLoad, EngineOptions, Sampled, SampleRequest
+from actors.engines import EngineLoad, EngineOptions, Sampled, SampleRequest, ServerTrouble
 from actors.engines.concurrency import Concurrency
-from actors.engines.lanes import Lane, make_lane
-from actors.engines.sglang_client import Broken, Client, Dead, Ended, Event, Loaded, Stream
+from actors.engines.lanes import Lane, PartlyLoaded, make_lane
+from actors.engines.sglang_client import Broken, Client, Dead, Ended, Event, Loaded, NoAnswer, Stream
 from actors.engines.sglang_options import Options
 from actors.engines.sglang_server import Server, device_kind
 from actors.engines.swaps import FLUSH_SINCE, Swap, choose_swap, parse_version
@@ -96,9 +96,10 @@ class SGLangEngine:
         self._swap: Swap = "abort_resume"
         self._lane: Lane | None = None
         self._sent = 0
-        self._resuming = self._closed = self._ready = self._flushes = False
+        self._resuming = self._closed = self._ready = self._met = self._flushes = False
         self._starts = 0
-        self._restarts, self._fault = 0, ""
+        self._restarts, self._fault, self._why_lost = 0, "", ""
+        self._began_s = time.monotonic()
         self._tokens_sampled = self._tokens_prefilled = self._swaps = 0
         self._client = Client()
         self._starting: threading.Thread | None = None
@@ -139,8 +140,21 @@ class SGLangEngine:
             progress=progress,
             restarts=self._restarts,
             fault=self._fault,
+            trouble=self._trouble(),
             ready_in_s=0.0 if self._ended else 60.0,  # `wake_fd` ends the wait
         )
+
+    def _trouble(self) -> ServerTrouble | None:
+        def trouble(doing: Literal["starts", "is silent", "is stopped"], for_s: float, detail: str = "") -> ServerTrouble:
+            return ServerTrouble(server="SGLang server", doing=doing, for_s=for_s, detail=detail)
+
+        if not self._ready:
+            return trouble("starts", time.monotonic() - self._began_s, self._why_lost)
+        silent_s = self._client.silent_s
+        if not silent_s:
+            return None
+        stopped = self._server.stopped()
+        return trouble("is stopped" if stopped else "is silent", silent_s, stopped)
 
     @property
     def server(self) -> Server:
@@ -203,6 +217,11 @@ class SGLangEngine:
             try:
                 return self._load(directory, version)
             except InfrastructureFault as fault:
+                if not self._ready:
+                    continue  # it was lost meanwhile, and that was told
+                if isinstance(fault, NoAnswer | PartlyLoaded):
+                    self._lost(self._client.dead or str(fault))
+                    continue
                 if self._lives():
                     raise WeightsError(f"{directory}: the server refused the weights ({fault})") from None
                 self._lost(str(self._server.fault() or fault))
@@ -388,18 +407,24 @@ class SGLangEngine:
             mode, flush = "retract", True
         running = bool(self._running)
         started = time.monotonic()
-        self._client.pause_watch(True)
-        try:
-            self._post("/pause_generation", {"mode": mode})
-            try:
-                self._lane.update(directory, _write_version(version), flush)
-            finally:
-                if self._lives():
-                    self._post("/continue_generation", {})
-        finally:
-            self._client.pause_watch(False)
+        self._command("/pause_generation", {"mode": mode})
+        self._update(directory, version, flush)
         self._loaded(version)
         return time.monotonic() - started if running else 0.0
+
+    def _update(self, directory: Path, version: Version, flush: bool) -> None:
+        """Load into the paused server and let it go on, also when it refused. Raises NoAnswer when it is silent."""
+        assert self._lane is not None
+        try:
+            with self._client.busy():
+                self._lane.update(directory, _write_version(version), flush)
+        except NoAnswer:
+            raise  # there is nobody to go on
+        except BaseException:
+            if self._lives():
+                self._command("/continue_generation", {})
+            raise
+        self._command("/continue_generation", {})
 
     def _abort_and_resume(self, directory: Path, version: Version) -> float:
         """Running requests return what they have; after the update they go on as prompt + tokens. No server has trouble with this."""
@@ -407,23 +432,19 @@ class SGLangEngine:
         running = bool(self._running)
         started = time.monotonic()
         self._resuming = True
-        self._client.pause_watch(True)
         try:
-            self._post("/pause_generation", {"mode": "abort"})
+            self._command("/pause_generation", {"mode": "abort"})
             deadline = started + self._options.silence_s
             while self._running:
                 for event in self._client.take(0.1):
                     self._handle(event)
+                if not self._ready:
+                    raise NoAnswer("the server was lost while its requests were ended")
                 if time.monotonic() > deadline:
-                    raise InfrastructureFault(f"{len(self._running)} requests did not end within {self._options.silence_s:g} s of a pause")
-            try:
-                self._lane.update(directory, _write_version(version), True)
-            finally:
-                if self._lives():
-                    self._post("/continue_generation", {})
+                    raise NoAnswer(f"{len(self._running)} requests did not end within {self._options.silence_s:g} s of a pause")
+            self._update(directory, version, True)
         finally:
             self._resuming = False
-            self._client.pause_watch(False)
         self._loaded(version)
         self._fill()
         return time.monotonic() - started if running else 0.0
@@ -432,6 +453,10 @@ class SGLangEngine:
         self._swaps += self._version is not None
         self._version = version
 
+    def _command(self, path: str, body: dict[str, Any]) -> None:
+        """What a scheduler answers between two steps, paused or not. Raises NoAnswer when it does not, which is how it is found to hang."""
+        self._client.call("POST", self._server.url + path, body, timeout_s=self._options.silence_s)
+
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self._client.call("POST", self._server.url + path, body, timeout_s=self._options.update_s)
 
@@ -439,7 +464,7 @@ class SGLangEngine:
 
     def _start(self, *, first: bool = False) -> None:
         """Begin a start in a thread of its own: ending a hung server takes seconds, and a new one many."""
-        self._ready, self._start_error = False, None
+        self._ready, self._start_error, self._began_s = False, None, time.monotonic()
         if first:
             self._server.begin()  # here, so that what is wrong with the configuration is told at once
             return
@@ -463,28 +488,35 @@ class SGLangEngine:
                     self._starting.join()
                 if self._start_error is not None:
                     raise self._start_error
-                self._server.wait_ready(lambda path: self._client.call("GET", self._server.url + path, timeout_s=5.0), lambda: self._closed)
+                self._server.wait_ready(
+                    lambda path: self._client.call("GET", self._server.url + path, timeout_s=5.0), lambda: self._closed, first=not self._met
+                )
                 self._meet()
             except InfrastructureFault as fault:
                 if self._closed:
                     raise
+                if not self._met and self._starts:
+                    raise InfrastructureFault(f"sglang engine: its server did not start, twice: {fault}") from None
                 self._lost(str(fault))
 
     def _meet(self) -> None:
         """Learn what the server is, and begin to watch it."""
         about = self._client.call("GET", f"{self._server.url}/server_info", timeout_s=60.0)
         version = str(about.get("version", ""))
+        if self._server.attached:
+            model = self._client.call("GET", f"{self._server.url}/model_info", timeout_s=60.0)
+            check_attached(self._server.url, self._engine, about, model)
         self._swap = choose_swap(self._options.swap, version, not about.get("disable_radix_cache", False))
         self._flushes = parse_version(version) >= FLUSH_SINCE
         self._lane = make_lane(self._options.lane, self._post, self._engine.device, parse_version(version), int(about.get("tp_size", 1)))
         self._client.take(0.0)  # news of the server before
-        self._client.watch(self._server.url, self._server.fault, self._options.silence_s)
-        self._ready = True
+        self._client.watch(self._server.url, self._server, self._options.silence_s)
+        self._ready = self._met = True
         log.info("SGLang %s answers at %s, weights are swapped by %s", version, self._server.url, self._swap)
 
     def _lives(self) -> bool:
         """Whether the server's processes are there and it answers."""
-        if self._server.fault():
+        if self._client.dead or self._server.fault():
             return False
         try:
             self._client.call("GET", f"{self._server.url}/model_info", timeout_s=5.0)
@@ -494,7 +526,9 @@ class SGLangEngine:
 
     def _lost(self, reason: str) -> None:
         """The server is gone: all unfinished samples wait for the next one, and for weights. Raises InfrastructureFault when it is too often."""
-        self._fault = f"{reason}; {self._server.tail()}" if not self._server.attached else reason
+        stopped = self._server.stopped()
+        self._why_lost = f"{reason} ({stopped})" if stopped and stopped not in reason else reason
+        self._fault = f"{self._why_lost}; {self._server.tail()}" if not self._server.attached else reason
         self._restarts += 1
         self._starts += 1
         log.error("the server is lost (%d in a row): %s", self._starts, self._fault)
@@ -525,6 +559,26 @@ def _read_version(text: str) -> Version:
     if not (number.isdigit() and incarnation.isdigit()):
         raise InfrastructureFault(f"sglang engine: tokens of version {text!r}, which was never loaded from here")
     return Version(int(number), int(incarnation))
+
+
+def check_attached(url: str, engine: EngineOptions, about: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise ConfigError for a server at `url` that cannot do what one that we start does; `about` and `model` are what it says of itself."""
+    where = f"sglang engine: the server at {url}"
+    if not parse_version(str(about.get("version", ""))):
+        raise ConfigError(f"{where} is no SGLang server that we know: it says version {about.get('version')!r}")
+    try:
+        ours = json.loads((engine.model_path / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{engine.model_path / 'config.json'}: not a readable model configuration ({error})") from None
+    if "model_type" in model and model["model_type"] != ours:
+        raise ConfigError(f"{where} has a model of type {model['model_type']!r} ({model.get('model_path')}), this run's is {ours!r}")
+    if about.get("skip_tokenizer_init") is False:
+        raise ConfigError(f"{where} has a tokenizer, and with it stop tokens of its own; start it with --skip-tokenizer-init")
+    length = about.get("context_length")
+    if isinstance(length, int) and length <= engine.max_context:
+        raise ConfigError(
+            f"{where} has a context of {length} tokens; {engine.max_context + 1} are needed for {engine.max_context} of a run"
+        )
 
 
 def _vocabulary(model: Path) -> int:

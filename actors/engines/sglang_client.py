@@ -15,9 +15,10 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -28,6 +29,14 @@ PROBE_S = 0.5
 """How often the process is looked at; every other look asks for the load (0.9 ms of a server's time)."""
 ANSWER_EVERY_S = 5.0
 """How often the scheduler itself must answer. The HTTP process alone answers while its scheduler hangs."""
+
+
+SIGN_OF_WORK_S = 0.1
+"""Processor time of the scheduler that counts as a sign of life while weights are loaded, when it answers nobody."""
+
+
+class NoAnswer(InfrastructureFault):
+    """A request that was not answered in time, or whose server was given up meanwhile."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +88,22 @@ Event = Ended | Broken | Loaded | Dead
 """What `Client.take` gives."""
 
 
+class Processes(Protocol):
+    """What the watch asks of a server's processes."""
+
+    def fault(self) -> str:
+        """What is wrong with them, empty if nothing is."""
+
+    def stopped(self) -> str:
+        """Which of them are stopped by a signal, empty if none is."""
+
+    def cpu_s(self) -> float:
+        """Processor seconds of the schedulers so far; negative if they are not known."""
+
+    def kill(self) -> None:
+        """End them at once."""
+
+
 class Client:
     """One server's client. `start`, `abort`, `call` and `take` are called from one thread at a time."""
 
@@ -87,7 +112,11 @@ class Client:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._streams: dict[str, Stream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._watched = True
+        self._heard_s = time.monotonic()
+        self.dead = ""
+        """Why the server was given up; empty while it was not."""
         self._url = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang client", daemon=True)
@@ -128,15 +157,21 @@ class Client:
             stream.aborting = True
             self._spawn(self._abort(stream))
 
+    @property
+    def silent_s(self) -> float:
+        """Since the server's last sign of life, once it owes one; else 0."""
+        silent = time.monotonic() - self._heard_s
+        return silent if self.dead or silent > ANSWER_EVERY_S + 2 * PROBE_S else 0.0
+
     def call(self, method: str, url: str, body: dict[str, Any] | None = None, *, timeout_s: float = 30.0) -> dict[str, Any]:
-        """One plain request. Raises InfrastructureFault when there is no answer, or none that says success."""
-        answer: dict[str, Any] = self._wait(self._call(method, url, body, timeout_s), timeout_s + 5.0)
+        """One plain request. Raises NoAnswer when it is not answered, InfrastructureFault when the answer does not say success."""
+        answer: dict[str, Any] = self._wait(self._call_alive(method, url, body, timeout_s), timeout_s + 5.0)
         return answer
 
-    def watch(self, url: str, alive: Callable[[], str], silence_s: float) -> None:
-        """Send requests to the server at `url` and look after it: `alive` says what is wrong with its processes, empty if nothing is."""
-        self._url = url
-        self._spawn(self._watch(alive, silence_s))
+    def watch(self, url: str, processes: Processes, silence_s: float) -> None:
+        """Send requests to the server at `url` and look after it and its processes."""
+        self._url, self.dead, self._heard_s = url, "", time.monotonic()
+        self._spawn(self._watch(processes, silence_s))
 
     def drop(self) -> None:
         """Forget the server: its requests, whatever they still send, and the watch over it."""
@@ -144,9 +179,14 @@ class Client:
             self._wait(self._cancel_all(), 10.0)
         self._events.clear()
 
-    def pause_watch(self, paused: bool) -> None:
-        """While weights are loaded the scheduler answers nobody; its processes are still looked at."""
-        self._watched = not paused
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While weights are loaded the scheduler answers nobody; its processes, and whether it works at all, are still looked at."""
+        self._watched = False
+        try:
+            yield
+        finally:
+            self._watched = True
 
     def close(self) -> None:
         """Drop all requests and end the thread."""
@@ -178,6 +218,17 @@ class Client:
         await self._cancel_all()
         await self._session.close()
 
+    async def _call_alive(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        """`_call`, given up as soon as the server is."""
+        task = asyncio.create_task(self._call(method, url, body, timeout_s))
+        self._calls.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            raise NoAnswer(f"{method} {url}: given up: {self.dead or 'the engine was closed'}") from None
+        finally:
+            self._calls.discard(task)
+
     async def _call(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         where = f"{method} {url}"
         try:
@@ -185,7 +236,7 @@ class Client:
             async with self._session.request(method, url, json=body, timeout=timeout) as answer:
                 text = await answer.text()
         except TimeoutError:
-            raise InfrastructureFault(f"{where}: no answer within {timeout_s:g} s") from None
+            raise NoAnswer(f"{where}: no answer within {timeout_s:g} s") from None
         except aiohttp.ClientError as error:
             raise InfrastructureFault(f"{where}: {error or type(error).__name__}") from None
         try:
@@ -205,6 +256,7 @@ class Client:
                     return
                 rest = b""
                 async for data in answer.content.iter_any():
+                    self._heard_s = time.monotonic()
                     *events, rest = (rest + data).split(b"\n\n")
                     for event in events:
                         if fault := _read_event(stream, event):
@@ -226,45 +278,58 @@ class Client:
                 return  # the stream has noticed as well
             await asyncio.sleep(0.2)
 
-    async def _watch(self, alive: Callable[[], str], silence_s: float) -> None:
-        answered = time.monotonic()
-        asking: asyncio.Task[bool] | None = None
+    async def _watch(self, processes: Processes, silence_s: float) -> None:
+        asking: asyncio.Task[None] | None = None
+        worked_s = 0.0
         turn = 0
         while True:
+            slept = time.monotonic()
             await asyncio.sleep(PROBE_S)
-            if fault := alive():
-                self._give(Dead(fault))
+            late = time.monotonic() - slept - PROBE_S
+            if late > PROBE_S:  # it is this process that stood still
+                self._heard_s += late
+            if fault := processes.fault():
+                self._give_up(processes, fault)
                 return
             now = time.monotonic()
-            if not self._watched:
-                answered = now
-            elif asking is None and now - answered >= ANSWER_EVERY_S:
-                asking = asyncio.create_task(self._answers(silence_s))
-            if asking is not None and asking.done():
-                if asking.result():
-                    answered = now
-                elif self._watched:
-                    self._give(Dead(f"no answer from its scheduler for {now - answered:.0f} s"))
-                    return
+            if not self._watched and ((work_s := processes.cpu_s()) < 0 or work_s - worked_s > SIGN_OF_WORK_S):
+                self._heard_s, worked_s = now, work_s
+            if asking is None and now - self._heard_s >= ANSWER_EVERY_S:
+                asking = asyncio.create_task(self._ask(silence_s))
+            elif asking is not None and asking.done():
                 asking = None
+            if now - self._heard_s > silence_s:
+                if asking is not None:
+                    asking.cancel()
+                how = "no answer from its scheduler" if self._watched else "its scheduler answers nobody and uses no processor"
+                stopped = processes.stopped()
+                self._give_up(processes, f"{how} for {now - self._heard_s:.0f} s" + (f": {stopped}" if stopped else ""))
+                return
             turn += 1
-            if turn % 2 == 0 and self._streams:
+            if turn % 2 == 0 and self._streams and asking is None and self._watched:
                 await self._look()
 
-    async def _answers(self, silence_s: float) -> bool:
+    def _give_up(self, processes: Processes, reason: str) -> None:
+        self.dead = reason
+        self._give(Dead(reason))
+        processes.kill()  # whoever is in the middle of something with it, such as a broadcast of weights, gets an error
+        for task in self._calls:
+            task.cancel()
+
+    async def _ask(self, timeout_s: float) -> None:
         """Whether the scheduler answers. /server_info goes through it; /health would generate a token, and fail while paused."""
         try:
-            await self._call("GET", f"{self._url}/server_info", None, silence_s - ANSWER_EVERY_S)
-            return True
+            await self._call("GET", f"{self._url}/server_info", None, timeout_s)
+            self._heard_s = time.monotonic()
         except InfrastructureFault:
-            return not self._watched
+            pass  # silence is what the watch looks at
 
     async def _look(self) -> None:
         try:
-            content = await self._call("GET", f"{self._url}/v1/loads?include=core,queues", None, 5.0)
+            content = await self._call("GET", f"{self._url}/v1/loads?include=core,queues", None, 2.0)
             self._give(Loaded(read_load(content)))
         except InfrastructureFault:
-            pass  # says nothing about life: `_answers` does
+            pass  # says nothing about life: `_ask` does
 
     def _give(self, event: Event) -> None:
         self._events.append(event)

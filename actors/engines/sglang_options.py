@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SwapPolicy = Literal["auto", "retract_flush", "retract", "abort_resume", "in_place"]
 
@@ -46,7 +47,13 @@ class Options(BaseModel):
     silence_s: float = Field(20.0, gt=0, description="time without an answer of the scheduler after which the server counts as hung")
     update_s: float = Field(300.0, gt=0, description="longest update of the weights")
     restarts: int = Field(3, ge=0, description="starts in a row, without a finished sample between them, before the actor gives up")
-    seeds: bool = Field(True, description="refuse a server that does not draw each sample from its own seed (by rlsys's plug-in)")
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/\s:]+(:\d{1,5})?/?", url):
+            raise ValueError("expected an address such as http://127.0.0.1:30000")
+        return url
 
     @model_validator(mode="after")
     def _fit_together(self) -> Options:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,9 +30,14 @@ from protocol.errors import ConfigError, DataError, InfrastructureFault
 
 GRACE_S = 3.0
 """From SIGTERM to SIGKILL. A server that is asked nicely can wait for its last requests forever."""
+ATTACH_S = 30.0
+"""A server that is said to run answers within this, or the address is wrong."""
+REFUSED = 2
+"""Exit code of a server that does not know one of its flags."""
 SLACK = 8
 """Context that the server is given beyond ours, so that it is always we who cut a completion off."""
 CONFIG = "config.json"
+_COMPLAINT = re.compile(r"([\w.]*(Error|Exception)|[\w. -]+: error): ")
 _OWN_PROCESSES = "sglang::"
 """How SGLang titles its child processes; each of them must live."""
 
@@ -180,21 +186,29 @@ class Server:
         finally:
             os.close(reader)
 
-    def wait_ready(self, ask: Callable[[str], dict[str, Any]], stopping: Callable[[], bool]) -> None:
-        """Return once the server answers. `ask(path)` asks it. Raises InfrastructureFault when it ends instead, or is too slow."""
-        deadline = time.monotonic() + self._options.start_s
+    def wait_ready(self, ask: Callable[[str], dict[str, Any]], stopping: Callable[[], bool], *, first: bool = False) -> None:
+        """Return once the server answers. `ask(path)` asks it. Raises InfrastructureFault when it ends instead, or is too slow.
+
+        Raises ConfigError for a flag that it does not know, and when nothing answers at the `url` at `first`.
+        """
+        patience_s = ATTACH_S if self.attached and first else self._options.start_s
+        deadline = time.monotonic() + patience_s
         while True:
             if stopping():
                 raise InfrastructureFault("the engine was closed while its server started")
             if self._guard is not None and self._guard.poll() is not None:
-                raise InfrastructureFault(f"the server ended with exit code {self._guard.returncode} while it started; {self.tail()}")
+                error = ConfigError if self._guard.returncode == REFUSED else InfrastructureFault
+                raise error(f"the server ended with exit code {self._guard.returncode} while it started: {self.complaint()}")
             try:
                 ask("/model_info")
                 break
             except InfrastructureFault as fault:
+                if time.monotonic() > deadline and self.attached:
+                    text = f"no server answers at {self.url} for {patience_s:g} s ({fault})"
+                    raise (ConfigError if first else InfrastructureFault)(f"sglang engine: {text}") from None
                 if time.monotonic() > deadline:
                     raise InfrastructureFault(
-                        f"the server did not answer within {self._options.start_s:g} s of its start ({fault}); {self.tail()}"
+                        f"the server did not answer within {patience_s:g} s of its start ({fault}); {self.tail()}"
                     ) from None
             time.sleep(0.1)
         self._processes = self._members()
@@ -211,18 +225,36 @@ class Server:
                 return f"its {name} process ({pid}) died"
         return ""
 
+    def stopped(self) -> str:
+        """Which of its processes a signal or a debugger stopped, in words; empty if none."""
+        return ", ".join(f"its {name} process ({pid}) is stopped" for pid, name in self._processes.items() if _state(pid) in ("T", "t"))
+
+    def cpu_s(self) -> float:
+        """Processor seconds of its schedulers so far; negative for a server that runs elsewhere."""
+        if self._guard is None:
+            return -1.0
+        return sum(_cpu_s(pid) for pid, name in self._processes.items() if name == "scheduler")
+
+    def kill(self) -> None:
+        """End its processes at once, from any thread: whoever waits for an answer gets an error. `end` is still to be called."""
+        for pid in list(self._processes):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
     def end(self) -> None:
         """End the server and wait until nothing of it is left. One that runs elsewhere is left alone."""
         if self._guard is None:
             return
         if any(_state(pid) == "T" for pid in self._processes):
-            self._kill()  # a stopped process does not hear SIGTERM
+            self.kill()  # a stopped process does not hear SIGTERM
         os.close(self._pipe)
         self._pipe = -1
         try:
             self._guard.wait(GRACE_S + 10.0)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.kill()
             self._guard.kill()
             self._guard.wait()
         self._guard = None
@@ -240,23 +272,24 @@ class Server:
         """pid -> name of the server's processes, once it is ready."""
         return dict(self._processes)
 
-    def tail(self, lines: int = 6) -> str:
-        """The end of the server's log, in one line for an error."""
+    def complaint(self) -> str:
+        """The last line of the log that looks like an error, the same each time; without one, the end of the log."""
+        found = [line for line in self._last_lines() if _COMPLAINT.match(line)]
+        return f"{found[-1][:500]} (see {self.log})" if found else self.tail()
+
+    def _last_lines(self) -> list[str]:
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 20_000))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
-            return f"it left no log in {self.log}"
-        last = [line.strip() for line in text.splitlines() if line.strip()][-lines:]
-        return f"the end of {self.log}: {' | '.join(last)}"[:2000]
+            return []
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
-    def _kill(self) -> None:
-        for pid in self._processes:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+    def tail(self, lines: int = 6) -> str:
+        """The end of the server's log, in one line for an error."""
+        last = self._last_lines()[-lines:]
+        return f"the end of {self.log}: {' | '.join(last)}"[:2000] if last else f"it left no log in {self.log}"
 
     def _members(self) -> dict[int, str]:
         """The server's first process and those that SGLang names its own."""
@@ -282,9 +315,19 @@ class Server:
         return found
 
 
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def _state(pid: int) -> str:
     """A process's state letter, empty when there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+    return (_stat(pid) or [""])[0]
+
+
+def _cpu_s(pid: int) -> float:
+    fields = _stat(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0

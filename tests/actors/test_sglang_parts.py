@@ -15,17 +15,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from actors.engines import EngineOptions, guard
+from actors.engines import EngineOptions, guard, tensor_lanes
 from actors.engines.concurrency import DECREASE, Concurrency, ServerLoad
 from actors.engines.environments import READY, environment_dir, find_python, read_environment
+from actors.engines.lanes import PartlyLoaded
+from actors.engines.sglang import check_attached
+from actors.engines.sglang_check import check
 from actors.engines.sglang_client import Stream, _read_event
 from actors.engines.sglang_options import Options
-from actors.engines.sglang_server import server_command, visible_devices, write_model_dir
+from actors.engines.sglang_server import Server, server_command, visible_devices, write_model_dir
 from actors.engines.swaps import choose_swap
 from actors.engines.tensors import check_shapes, read_shapes
-from protocol.errors import ConfigError, WeightsError
+from protocol.errors import ConfigError, InfrastructureFault, WeightsError
 from rlsys.engines import install, read_lock
 from tests.actors.processes import wait_until
 
@@ -293,10 +297,89 @@ def test_an_environment_is_found_only_when_it_is_finished(tmp_path: Path, monkey
     (directory / READY).write_text(json.dumps(record))
     assert find_python("sglang", "cuda", None) == directory / "bin" / "python"
     assert install("sglang", "cuda", None, as_json=True) == 0  # complete: left alone
-    with pytest.raises(ConfigError, match="no program that can be run"):
-        find_python("sglang", "cpu", tmp_path / "nothing")
+    strangers = {tmp_path / "nothing": "no program that can be run", Path("/bin/true"): "no Python", Path(sys.executable): "has no sglang"}
+    for python, why in strangers.items():
+        with pytest.raises(ConfigError, match=why):
+            find_python("sglang", "cpu", python)
     with pytest.raises(ConfigError, match="device 'tpu': sglang has lock files for cpu, cuda"):
         install("sglang", "tpu", None, as_json=False)
+
+
+def test_options_that_cannot_work_are_told_before_a_start_and_a_missing_environment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
+    for kind in ("cpu", "cuda"):
+        assert "rlsys engines install sglang --device " + kind in check(Options(), kind, 2)[0]
+        assert install("sglang", kind, None, as_json=False, dry_run=True) == 0
+        assert "MB to download" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "asking leaves nothing behind"
+    url = "http://127.0.0.1:30000"
+    assert check(Options(url=url), "cpu", 1) == []
+    for options, device, count, why in (
+        (Options(url=url), "cpu", 2, "one server, but generators.count is 2"),
+        (Options(), "tpu", 1, "expected cpu, cuda or cuda:N"),
+        (Options(devices=[0, 1, 2], tp=2), "cuda", 2, "needs devices 2 to 3 of the list, which names 3"),
+        (Options(python=tmp_path / "nothing"), "cpu", 1, "no program"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            check(options, device, count)
+    for address in ("localhost:30000", "ftp://host:1", "http://host:port", "http://host:1/v1"):
+        with pytest.raises(ValidationError, match="expected an address"):
+            Options(url=address)
+
+
+def test_a_server_that_runs_already_must_be_one_that_fits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "vocab_size": 97}')
+    engine = EngineOptions(model_path=tmp_path, max_context=64)
+    fits = {"version": "0.5.21", "skip_tokenizer_init": True, "context_length": 72}
+    check_attached("http://h", engine, fits, {"model_type": "qwen3"})
+    for change, model, why in (
+        ({"version": None}, "qwen3", "no SGLang server that we know"),
+        ({}, "llama", "a model of type 'llama' .*this run's is 'qwen3'"),
+        ({"skip_tokenizer_init": False}, "qwen3", "--skip-tokenizer-init"),
+        ({"context_length": 64}, "qwen3", "a context of 64 tokens; 65 are needed"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            check_attached("http://h", engine, {**fits, **change}, {"model_type": model})
+
+
+def test_what_a_server_complains_of_is_found_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
+    server = Server(EngineOptions(model_path=tmp_path, max_context=64, log_dir=tmp_path, name="x"), Options(url="http://127.0.0.1:1"))
+    assert "it left no log" in server.complaint()
+    server.log.write_text("loading\nTraceback (most recent call last):\n  File x\nValueError: tp size is 3\nKilled by its parent\n")
+    assert server.complaint().startswith("ValueError: tp size is 3")
+    server.log.write_text("usage: x\nsglang serve: error: unrecognized arguments: --bogus 1\n")
+    assert server.complaint().startswith("sglang serve: error: unrecognized arguments: --bogus 1 (see ")
+    server.log.write_text("one\ntwo\n")
+    assert "one | two" in server.complaint()
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_update_that_breaks_off_says_whether_the_old_weights_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(tensor_lanes, "PIECE_BYTES", 16)
+    save_file({f"t{i}": torch.ones(4) for i in range(4)}, tmp_path / "a.safetensors")
+    given: list[str | None] = []
+
+    def send(piece: list[tuple[str, torch.Tensor]], version: str | None, flush: bool) -> None:
+        if len(given) == after:
+            raise InfrastructureFault("out of memory")
+        given.append(version)
+
+    with pytest.raises(InfrastructureFault) as error:
+        tensor_lanes.send_all(tmp_path, torch.device("cpu"), "1.0", True, send)
+    assert isinstance(error.value, PartlyLoaded) == bool(after)
+    given.clear()
+    tensor_lanes.send_all(tmp_path, torch.device("cpu"), "1.0", True, lambda piece, version, flush: given.append(version))
+    assert given == [None, None, None, "1.0"]
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-8])
+    given.clear()
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        tensor_lanes.send_all(tmp_path, torch.device("cpu"), "1.0", True, lambda piece, version, flush: given.append(version))
+    assert not given, "a file that ends early is seen before anything is sent"
 
 
 def test_an_install_that_fails_says_how_to_go_on(

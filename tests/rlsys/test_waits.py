@@ -137,6 +137,36 @@ def test_an_engine_or_a_reward_that_hangs_inside_a_living_process_is_stuck() -> 
     assert "generator-0 waits 30 s for reward credit (64 completions wait to be scored)" in explain(states, LIMITS, NOW).sentence
 
 
+def test_a_server_that_starts_or_hangs_is_named_with_its_generator() -> None:
+    def told(state: str, for_s: float, detail: str = "", **more: Any) -> list[ProcessState]:
+        facts = {"version": -1, "announced": 3, "server": ["SGLang server", state, for_s, detail]}
+        return ring(generator_1={"doing": "start server", "quiet_s": 41.0, "computing": False, "facts": facts, **more})
+
+    starts = told("starts", 12.0)
+    assert blamed(starts) == [], "starting takes its time"
+    assert "generator-1 has been starting its SGLang server for 12 s" in explain(starts, LIMITS, NOW).working
+    starts = told("starts", 42.0, "no answer from its scheduler for 20 s")
+    assert blamed(starts) == [("generator-1", "starting")]
+    assert (
+        "generator-1 has been starting its SGLang server for 42 s, because of the one before: no answer from its scheduler for 20 s"
+        in explain(starts, LIMITS, NOW).sentence
+    )
+    assert blamed(told("is silent", 4.0, doing="waiting:engine")) == []
+    hangs = told("is stopped", 9.0, "its scheduler process (7) is stopped", doing="waiting:engine", silent_s=0.5)
+    assert blamed(hangs) == [("generator-1", "server")]
+    sentence = explain(hangs, LIMITS, NOW).sentence
+    assert "generator-1 has had no answer from its SGLang server for 10 s (its scheduler process (7) is stopped)" in sentence
+
+
+def test_a_ring_whose_server_starts_does_move() -> None:
+    quiet = {"quiet_s": 99.0}
+    waiting = {f"{name}_0": quiet for name in ("learner", "dispatcher", "rewarder", "generator")} | {"learner_1": quiet}
+    starts = {"doing": "start server", "facts": {"server": ["SGLang server", "starts", 50.0, ""]}, **quiet}
+    assert nothing_moves(ring(**waiting, generator_1=quiet), 30.0)
+    assert not nothing_moves(ring(**waiting, generator_1=starts), 30.0)
+    assert nothing_moves(ring(**waiting, generator_1={**starts, "stopped": True}), 30.0)
+
+
 def test_weights_that_never_arrive_are_told_from_those_that_are_not_loaded() -> None:
     waiting = {"doing": "waiting:tasks", "peer": "dispatcher", "quiet_s": 41.0}
     states = ring(generator_0={**waiting, "facts": {"version": 2, "announced": 2}})

@@ -161,12 +161,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--stream-interval", type=int, default=32, help="with sglang: tokens per streamed piece")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--groups", type=int, default=48, help="groups in the stream of one repeat")
+    parser.add_argument("--groups", type=int, help="groups in the stream of one repeat (default 48; 24 with sglang)")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--concurrent", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
+    options.groups = options.groups or (48 if options.engine == "embedded" else 24)
     if options.concurrent % options.group_size:
         parser.error(f"--concurrent {options.concurrent} is not a multiple of --group-size {options.group_size}")
     if options.engine == "sglang":
@@ -174,7 +175,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
         figures = engine_sglang.measure(options, build_model, Group)
         line = f"engine {figures['engine_tokens_per_s']:.0f}, plain client {figures['plain_tokens_per_s']:.0f} tokens per second"
-        print(json.dumps(figures) if options.json else f"{line}; median ratio {figures['ratio']:.3f} of {figures['ratios']}")
+        costs = f"client's CPU {figures['engine_cpu_s_per_1000_tokens']:.3f} and {figures['plain_cpu_s_per_1000_tokens']:.3f} s per 1,000 tokens"
+        print(json.dumps(figures) if options.json else f"{line}; {costs}; median ratio {figures['ratio']:.3f} of {figures['ratios']}")
         return figures
     figures = measure(options)
     if options.json:

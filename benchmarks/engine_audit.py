@@ -1,11 +1,12 @@
 """Every token's log-prob of a whole run, sampled by its engine, against a float32 forward pass of the weights of the version that it names.
 
 Runs a configuration with `rlsys up` and keeps a hard link to every version it publishes (a run itself keeps two). Afterwards every completion
-of the journal is held against transformers: log_softmax(logits / temperature) of the whole sequence under each version of its spans.
+of the journal, or `--completions` of them drawn at random, is held against transformers: log_softmax(logits / temperature) of the whole
+sequence under each version of its spans. What is counted (completions, swaps that were crossed) is counted over the whole journal.
 Says how many tokens there were, how many completions cross a swap, over how many swaps, and the largest and mean difference; exit code 1
 when a token differs by more than `--bound`.
 
-    python -m benchmarks.engine_audit CONFIG [--set KEY=VALUE]... [--bound 1e-3] [--run-dir DIR] [--json]
+    python -m benchmarks.engine_audit CONFIG [--set KEY=VALUE]... [--completions N] [--bound 1e-3] [--run-dir DIR] [--json]
     python -m benchmarks.engine_audit --audit DIR/run --versions DIR/versions      # look at a run that was kept before
 """
 
@@ -89,21 +90,22 @@ def spans_of(trajectory: Trajectory) -> list[tuple[str, int, int]]:
 
 
 @torch.inference_mode()
-def audit(run: Path, versions: Path) -> dict[str, Any]:
-    """The figures."""
+def audit(run: Path, versions: Path, most: int | None) -> dict[str, Any]:
+    """The figures, from at most `most` completions."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config["model"]["path"])).float().eval()
     by_version: dict[str, list[tuple[Trajectory, int, int]]] = defaultdict(list)
-    completions, mixed, crossed = 0, 0, set()
-    for trajectory in trajectories(run):
-        spans = spans_of(trajectory)
-        completions += 1
-        mixed += len(spans) > 1
-        crossed |= {(trajectory.generator, name) for name, _, _ in spans[1:]}
-        for name, start, end in spans:
-            by_version[name].append((trajectory, start, end))
+    found = list(trajectories(run))
+    spans_found = [spans_of(trajectory) for trajectory in found]
+    crossed = {(trajectory.generator, name) for trajectory, spans in zip(found, spans_found, strict=True) for name, _, _ in spans[1:]}
+    rng = np.random.default_rng(0)
+    chosen = range(len(found)) if most is None or most >= len(found) else sorted(rng.choice(len(found), most, replace=False).tolist())
+    for place in chosen:
+        for name, start, end in spans_found[place]:
+            by_version[name].append((found[place], start, end))
     worst, total, count, where = 0.0, 0.0, 0, ""
-    for name in sorted(by_version):
+    for done, name in enumerate(sorted(by_version)):
+        print(f"version {name}, {done} of {len(by_version)} done: {count:,} tokens, largest difference {worst:.2e}", file=sys.stderr)
         tensors = load_file(versions / name / "model.safetensors") if (versions / name / "model.safetensors").exists() else None
         if tensors is None:
             raise FileNotFoundError(f"{versions / name}: version {name} was not kept")
@@ -118,8 +120,10 @@ def audit(run: Path, versions: Path) -> dict[str, Any]:
                     worst = float(difference.max())
                     where = f"completion {trajectory.group_id}/{trajectory.index}, token {start + int(difference.argmax())}, {name}"
     return {
-        "completions": completions, "tokens": count, "versions": len(by_version), "mixed_completions": mixed,
-        "swaps_in_flight": len(crossed), "largest": worst, "mean": total / max(1, count), "where": where,
+        "completions": len(found), "mixed_completions": sum(len(spans) > 1 for spans in spans_found),
+        "compared": len(chosen), "compared_mixed": sum(len(spans_found[place]) > 1 for place in chosen),
+        "tokens": count, "versions": len(by_version), "swaps_in_flight": len(crossed), "largest": worst,
+        "mean": total / max(1, count), "where": where,
     }  # fmt: skip
 
 
@@ -160,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, help="keep the run here, and its versions in DIR-versions (default: thrown away)")
     parser.add_argument("--audit", type=Path, metavar="RUN", help="do not run: look at this run")
     parser.add_argument("--versions", type=Path, metavar="DIR", help="with --audit: where its versions were kept")
+    parser.add_argument("--completions", type=int, metavar="N", help="compare N completions drawn at random (default: all)")
     parser.add_argument("--bound", type=float, default=1e-3, help="largest difference in nats (default 1e-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args(arguments)
@@ -170,13 +175,14 @@ def main(arguments: list[str] | None = None) -> int:
         versions = options.versions or (run.with_name(f"{run.name}-versions"))
         if options.audit is None and (code := run_and_keep(options.config, options.overrides, run, versions)):
             return code
-        figures = audit(run, versions)
+        figures = audit(run, versions, options.completions)
     if options.json:
         print(json.dumps(figures))
     else:
         print(
-            f"{figures['tokens']:,} tokens of {figures['completions']:,} completions under {figures['versions']} versions; "
-            f"{figures['mixed_completions']:,} completions cross a swap, {figures['swaps_in_flight']} swaps were crossed"
+            f"{figures['completions']:,} completions, {figures['mixed_completions']:,} cross a swap, {figures['swaps_in_flight']} swaps were "
+            f"crossed; compared {figures['tokens']:,} tokens of {figures['compared']:,} completions ({figures['compared_mixed']:,} of those that "
+            f"cross a swap) under {figures['versions']} versions"
         )
         print(f"difference to a float32 forward pass: largest {figures['largest']:.2e} ({figures['where']}), mean {figures['mean']:.2e}")
     return int(figures["largest"] > options.bound)

@@ -1,10 +1,12 @@
 """What the SGLang engine costs beside its bare server: the same requests by a plain asynchronous client, on one server, in turn.
 
 Both sides send the same stream of groups (prompt ids, one seed per sample, a fixed length per sample without stop tokens), at most `concurrent`
-requests at once, and take token ids and log-probs. The plain client asks for whole answers and does nothing with them; the engine streams,
-follows the server's load, watches its life and gives each sample with its versions. Tokens per second of wall time, medians over repeats.
+requests at once, and take token ids and log-probs, after the server's prefix cache was emptied. The plain client asks for whole answers and
+does nothing with them; the engine streams, follows the server's load, watches its life and gives each sample with its versions. Tokens per
+second of wall time, medians over repeats, the two sides in turn. On a CPU the client's process takes its time from the cores that the
+server's three processes compute on, so each side's processor seconds per thousand tokens are given too; on a GPU the client has cores of its own.
 
-    python -m benchmarks.engine --engine sglang [--repeats 3] [--json]
+    python -m benchmarks.engine --engine sglang [--repeats 5] [--groups 24] [--json]
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,11 @@ import numpy as np
 from actors.engines import EngineOptions, SampleRequest, Sampling
 from actors.engines.sglang import SGLangEngine
 from protocol.messages import Version
+
+
+def say(text: str) -> None:
+    """Progress, beside the figures."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def plain(url: str, groups: list[Any], concurrent: int) -> tuple[int, float]:
@@ -69,6 +78,11 @@ def ours(engine: SGLangEngine, groups: list[Any]) -> tuple[int, float]:
     return tokens, time.monotonic() - started
 
 
+def empty_cache(url: str) -> None:
+    """Both sides begin without cached prompts."""
+    urllib.request.urlopen(urllib.request.Request(f"{url}/flush_cache", data=b"{}", method="POST"), timeout=60).close()
+
+
 def measure(options: argparse.Namespace, build_model: Any, group_class: Any) -> dict[str, Any]:
     """The figures; the two sides take turns, and which goes first changes."""
     rng = np.random.default_rng(0)
@@ -81,17 +95,23 @@ def measure(options: argparse.Namespace, build_model: Any, group_class: Any) -> 
                 extra={"stream_interval": options.stream_interval, "start_s": 600},
             )
         )  # fmt: skip
+        rates: dict[str, list[float]] = {"engine": [], "plain": []}
+        costs: dict[str, list[float]] = {"engine": [], "plain": []}
         try:
+            say("the server starts")
             engine.load_weights(directory, Version(0))
-            rates: dict[str, list[float]] = {"engine": [], "plain": []}
             for repeat in range(options.repeats + 1):
+                groups = [group_class(f"{repeat}-{i}", options.group_size, rng) for i in range(options.groups)]
                 for side in ("engine", "plain") if repeat % 2 else ("plain", "engine"):
-                    groups = [group_class(f"{repeat}-{side}-{i}", options.group_size, rng) for i in range(options.groups)]
+                    empty_cache(engine.server.url)
+                    before = time.process_time()
                     tokens, seconds = ours(engine, groups) if side == "engine" else plain(engine.server.url, groups, options.concurrent)
                     if tokens != sum(int(group.lengths.sum()) for group in groups):
                         raise RuntimeError(f"{side}: {tokens} tokens, not those asked for")
+                    say(f"round {repeat} of {options.repeats}, {side}: {tokens:,} tokens in {seconds:.1f} s")
                     if repeat:  # the first round warms up
                         rates[side].append(tokens / seconds)
+                        costs[side].append((time.process_time() - before) / tokens * 1000)
         finally:
             engine.close()
     ratios = [a / b for a, b in zip(rates["engine"], rates["plain"], strict=True)]
@@ -99,6 +119,8 @@ def measure(options: argparse.Namespace, build_model: Any, group_class: Any) -> 
         "settings": vars(options),
         "engine_tokens_per_s": statistics.median(rates["engine"]),
         "plain_tokens_per_s": statistics.median(rates["plain"]),
+        "engine_cpu_s_per_1000_tokens": statistics.median(costs["engine"]),
+        "plain_cpu_s_per_1000_tokens": statistics.median(costs["plain"]),
         "ratio": statistics.median(ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
     }

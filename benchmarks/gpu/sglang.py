@@ -1,8 +1,8 @@
 """Real SGLang on a GPU together with the learner: a Qwen2.5-0.5B-shaped random model, 20 iterations, by each lane of weight updates.
 
-Makes the model and a tokenizer itself, so nothing is downloaded. Prints, per lane: tokens sampled and trained per second, seconds of an
-update, seconds that running requests stood still for it, and the drift between SGLang's and the learner's log-probs per iteration
-(before the first update of each batch, so numerical drift plus what one version of staleness moved).
+Makes the model and a tokenizer itself, so nothing is downloaded. Prints, per lane: tokens sampled and trained per second, seconds to publish
+and to load a version (verified, with the canary), seconds that running requests stood still for it, and the drift between SGLang's and the
+learner's log-probs per iteration (before the first update of each batch, so numerical drift plus what one version of staleness moved).
 
     rlsys engines install sglang --device cuda
     python -m benchmarks.gpu.sglang [--iterations 20] [--lanes disk tensor distributed] [--json]
@@ -69,7 +69,11 @@ def configuration(directory: Path, options: argparse.Namespace, lane: str) -> di
         "evaluation": {"at_start": False, "at_end": False},
         "generators": {
             "engine": "sglang", "device": options.device, "dtype": dtype, "slots": 16 if options.tiny else 256,
-            "options": {"lane": lane, "start_s": 900, **({} if cpu else {"memory_fraction": 0.4})},
+            "options": {
+                "lane": lane, "start_s": 900, **({} if cpu else {"memory_fraction": 0.4}),
+                **({"python": str(options.python)} if options.python else {}),
+                "environment": dict(pair.split("=", 1) for pair in options.environment),
+            },
         },
         "rewarders": {"reward": "benchmarks.gpu.rewards:Evenness"},
         "learner": {"device": options.device, "dtype": dtype, "overlong": "keep", "gradient_checkpointing": not tiny},
@@ -86,18 +90,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     root = str(Path(__file__).parents[2])  # where the reward lies
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+        directory = options.keep or Path(name)
         make_model(directory / "model", tiny=options.tiny)
         write_dataset(directory / "train.jsonl", "train", 256, 0)
         for lane in options.lanes:
             path = directory / f"{lane}.yaml"
             path.write_text(yaml.safe_dump(configuration(directory, options, lane)))
             run = directory / f"run-{lane}"
+            print(f"lane {lane}", file=sys.stderr, flush=True)
             done = subprocess.run(
                 [sys.executable, "-P", "-m", "rlsys", "up", str(path), "--run-dir", str(run), "--plain"], check=False, env=environment
             )
             if done.returncode:
-                figures[lane] = {"failed": done.returncode, "log": (run / "logs" / "generator-0.log").read_text()[-2000:]}
+                log = run / "logs" / "generator-0.log"
+                figures[lane] = {"failed": done.returncode, "log": log.read_text()[-2000:] if log.exists() else "nothing was started"}
                 continue
             figures[lane] = read(run)
     return figures
@@ -120,6 +126,7 @@ def read(run: Path) -> dict[str, Any]:
         "trained_tokens_per_s": mean("train/tokens_per_s"),
         "publish_s": mean("train/publish_s"),
         "pause_s_per_swap": (last.get("engine/swap_pause_s_total") or 0.0) / swaps,
+        "load_s": mean("engine/load_s"),
         "canary_error": mean("engine/canary_error"),
         "logprob_drift": [row.get("train/logprob_drift") for row in iterations],
     }
@@ -130,10 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--lanes", nargs="+", default=["disk", "tensor", "distributed"], choices=("disk", "tensor", "distributed"))
+    parser.add_argument("--python", type=Path, help="interpreter that has sglang (default: what `rlsys engines install sglang` made)")
+    parser.add_argument("--environment", nargs="*", default=[], metavar="NAME=VALUE", help="environment variables of the server")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs here (default: thrown away)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="two layers, few tokens: to try the script itself")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args(arguments)
+    if wrong := [pair for pair in options.environment if "=" not in pair]:
+        parser.error(f"--environment {wrong[0]}: expected NAME=VALUE")
     if options.device == "cuda":
         import torch
 
@@ -149,7 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{lane}: failed with exit code {row['failed']}\n{row['log']}")
             continue
         rates = f"sampled {row['sampled_tokens_per_s']:.0f} tok/s, trained {row['trained_tokens_per_s']:.0f} tok/s"
-        swap = f"publish {row['publish_s']:.2f} s, pause {row['pause_s_per_swap']:.3f} s per swap, canary {row['canary_error']:.2e}"
+        swap = (
+            f"publish {row['publish_s']:.2f} s, update {row['load_s']:.2f} s, pause {row['pause_s_per_swap']:.3f} s per swap, "
+            f"canary {row['canary_error']:.2e}"
+        )
         print(f"{lane}: {rates}, {swap}, drift {row['logprob_drift']}")
     return int(any("failed" in row for row in figures.values()))
 

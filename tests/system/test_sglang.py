@@ -5,11 +5,13 @@ Each start of a server takes half a minute on an idle core and minutes on a busy
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.engines import EngineOptions, Sampled
+from actors.engines import EngineOptions
 from actors.engines.conformance import check_conformance
 from actors.engines.sglang import SGLangEngine
 from actors.weights import WeightsIntake
@@ -26,9 +28,12 @@ from protocol.canary import PROMPT_TOKENS, Canary, canary_ids
 from protocol.errors import WeightsError
 from protocol.manifest import publish
 from protocol.messages import Span, Version, WeightsReady
+from rlsys.waits import Explanation
+from rlsys.why import explain_status
 from tests.actors import tiny_models
 from tests.actors.processes import descendants, wait_until
-from tests.actors.tiny_models import CONTEXT, drain, prompt, reference_logprobs, request
+from tests.actors.tiny_models import CONTEXT, drain, in_flight, prompt, reference_logprobs, request, until_tokens
+from tests.disks import largest_file
 from tests.system.conftest import Run
 
 pytestmark = pytest.mark.sglang
@@ -58,13 +63,6 @@ def attached(models: list[tuple[Any, Path]], sglang_url: str) -> Iterator[Callab
         engine.close()
 
 
-def until_tokens(engine: SGLangEngine, name: str, count: int) -> list[Sampled]:
-    ended: list[Sampled] = []
-    while engine.load.progress.get(name, 0) < count and not ended:
-        ended += engine.step(0.1)
-    return ended
-
-
 @pytest.mark.parametrize("extra", [{"swap": "abort_resume"}, {"lane": "tensor"}, {"lane": "distributed"}], ids=str)
 def test_every_policy_and_lane_leaves_each_token_with_its_version(
     attached: Callable[..., SGLangEngine], models: list[tuple[Any, Path]], extra: dict[str, object]
@@ -72,11 +70,9 @@ def test_every_policy_and_lane_leaves_each_token_with_its_version(
     engine = attached(**extra)
     engine.load_weights(models[0][1], Version(0))
     for number in (1, 2, 3):
-        name = f"r{number}"
-        engine.submit(request(name, prompt(7), (1, 2), max_tokens=50))
-        early = until_tokens(engine, name, 4)
+        in_flight(engine, f"r{number}", (1, 2), count=4, max_tokens=50)
         engine.load_weights(models[number % 2][1], Version(number))
-        ended = drain(engine) | {(s.request_id, s.position): s for s in early}
+        ended = drain(engine)
         assert len(ended) == 2
         for sample in ended.values():
             assert sample.spans[-1].end == 50 and {span.version for span in sample.spans} <= {number - 1, number}
@@ -91,10 +87,9 @@ def test_every_policy_and_lane_leaves_each_token_with_its_version(
 def test_in_place_is_offered_and_does_what_its_name_says(attached: Callable[..., SGLangEngine], models: list[tuple[Any, Path]]) -> None:
     engine = attached(swap="in_place")
     engine.load_weights(models[0][1], Version(0))
-    engine.submit(request("r", prompt(7), (1,), max_tokens=50))
-    assert not until_tokens(engine, "r", 4)
+    name = in_flight(engine, "r", (1,), count=4, max_tokens=50)
     engine.load_weights(models[1][1], Version(1))
-    sample = drain(engine)["r", 0]
+    sample = drain(engine)[name, 0]
     end = sample.spans[0].end
     assert [span.version for span in sample.spans] == [0, 1]
     new = reference_logprobs(models[1][0], prompt(7), sample.token_ids, 1.0)
@@ -123,8 +118,7 @@ def test_a_stale_prefix_is_found_out_by_the_canary(
             ready = intake.pending
             assert ready is not None
             if number:
-                engine.submit(request("flying", prompt(7), (1,), max_tokens=50))
-                assert not until_tokens(engine, "flying", 2)
+                in_flight(engine, "flying", (1,), count=2, max_tokens=50)
             loaded = intake.load(ready)
             assert bool(loaded.error) == (number == 1 and not good), loaded
         drain(engine)
@@ -138,6 +132,31 @@ def test_a_real_server_conforms(attached: Callable[..., SGLangEngine], models: l
 
 
 # ---------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("lane", ["disk", "tensor", "distributed"])
+def test_files_that_end_early_and_a_full_dev_shm_leave_the_old_version_at_work(
+    attached: Callable[..., SGLangEngine], models: list[tuple[Any, Path]], tmp_path: Path, lane: str
+) -> None:
+    """As the weights look when the disk ran full below their writer; and no room for the tensors that an actor shares with its server."""
+    engine = attached(lane=lane)
+    engine.load_weights(models[0][1], Version(0))
+    whole = (models[1][1] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    name = in_flight(engine, "r", (1,), count=2, max_tokens=50)
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        engine.load_weights(tmp_path, Version(1))
+    if lane == "tensor":
+        with largest_file(8192), pytest.raises(WeightsError, match="shared memory"):
+            engine.load_weights(models[1][1], Version(1))
+    assert engine.version == Version(0) and engine.load.restarts == 0
+    sample = drain(engine)[name, 0]
+    assert sample.spans == (Span(0, 0, 50),)
+    np.testing.assert_allclose(sample.logprobs, reference_logprobs(models[0][0], prompt(7), sample.token_ids, 1.0), atol=1e-4)
+    engine.load_weights(models[1][1], Version(1))
+    engine.submit(request("after", prompt(7), (1,), max_tokens=20))
+    sample = drain(engine)["after", 0]
+    np.testing.assert_allclose(sample.logprobs, reference_logprobs(models[1][0], prompt(7), sample.token_ids, 1.0), atol=1e-4)
 
 
 def kill_all(engine: SGLangEngine) -> None:
@@ -157,6 +176,26 @@ def stop_all(engine: SGLangEngine) -> None:
         os.kill(pid, signal.SIGSTOP)
 
 
+def swaps_while_it_hangs(engine: SGLangEngine, weights: Path, version: Version) -> None:
+    """A swap finds the scheduler stopped: that is told in time too, and the swap goes to the next server."""
+    before = engine.load.restarts
+    engine.submit(request("hangs", prompt(7), (1, 2), max_tokens=50))
+    stop_scheduler(engine)
+    struck = time.monotonic()
+    swap = threading.Thread(target=engine.load_weights, args=(weights, version), daemon=True)
+    swap.start()
+    while engine.load.restarts == before:
+        swap.join(0.2)
+        assert time.monotonic() < struck + REPORTED_S, f"the hang was not told within {REPORTED_S:g} s"
+    trouble = engine.load.trouble
+    assert trouble is not None and trouble.doing == "starts" and "is stopped" in trouble.detail
+    swap.join(START_S)
+    assert engine.version == version and engine.load.trouble is None
+    ended = drain(engine, 120.0)
+    assert sorted(ended) == [("hangs", 0), ("hangs", 1)]
+    assert {sample.spans for sample in ended.values()} == {(Span(*version, 50),)}
+
+
 def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_out(models: list[tuple[Any, Path]], tmp_path: Path) -> None:
     options = EngineOptions(
         model_path=models[0][1],
@@ -172,12 +211,10 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
         engine.load_weights(models[0][1], Version(0))
         engine.submit(request("calm", prompt(7), (1, 2, 3, 4, 5, 6), max_tokens=50))
         calm = drain(engine)
-        for round_, (fault, words) in enumerate(
-            ((kill_all, "HTTP process"), (kill_scheduler, "scheduler"), (stop_scheduler, "no answer"), (stop_all, "no answer")), 1
-        ):
+        for round_, (fault, words) in enumerate(((kill_all, "HTTP process"), (kill_scheduler, "scheduler"), (stop_all, "no answer")), 1):
             seen |= set(engine.server.processes)
             engine.submit(request(f"r{round_}", prompt(7), (1, 2, 3, 4, 5, 6), max_tokens=50))
-            ended = until_tokens(engine, f"r{round_}", 2)
+            ended = list(until_tokens(engine, f"r{round_}", 2).values())
             fault(engine)
             struck = time.monotonic()
             while engine.load.restarts < round_:
@@ -193,6 +230,8 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
             for sample in ended:
                 np.testing.assert_array_equal(sample.token_ids, calm["calm", sample.position].token_ids)
                 assert sample.spans in ((Span(round_, 0, 50),), (Span(round_ - 1, 0, 50),))
+        seen |= set(engine.server.processes)
+        swaps_while_it_hangs(engine, models[1][1], Version(5))
         seen |= set(engine.server.processes)
     finally:
         engine.close()
@@ -213,22 +252,95 @@ def scheduler_of(generator: int) -> int:
     return 0
 
 
-def test_a_run_goes_on_when_its_server_loses_its_scheduler(config: dict[str, Any], start: Callable[..., Run]) -> None:
+def find_wait(run: Run, condition: Callable[[Explanation], Any], what: str, deadline_s: float = START_S) -> Any:
+    """What `condition` gives for the explanation of `rlsys why`, once it is true."""
+    return run.until(lambda status: status.get("processes") and condition(explain_status(status, run.process.pid)[0]), what, deadline_s)
+
+
+def events(run: Run, name: str) -> list[dict[str, Any]]:
+    try:
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    return [row for line in lines if f'"{name}"' in line and (row := json.loads(line)).get("event") == name]
+
+
+def moves_on(run: Run, iterations: int = 2) -> None:
+    before = run.status().get("iteration", 0)
+    run.until(lambda status: status.get("iteration", 0) >= before + iterations, "movement", 2 * START_S)
+
+
+def newest(versions: Path) -> Path:
+    return max((path for path in versions.rglob("v*") if (path / "manifest.json").exists()), key=lambda path: int(path.name[1:]))
+
+
+def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
+    config: dict[str, Any], start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The scheduler is killed, then stopped; then a published version is damaged on its disk, so that the actor refuses it twice and ends."""
+    gate, versions = tmp_path / "gate", tmp_path / "versions"
+    gate.touch()
     config["generators"] = {"engine": "sglang", "slots": 16, "options": {"start_s": START_S, "stream_interval": 8}}
-    config["iterations"] = 6
-    config["deadlines"] = {"startup_s": START_S, "stall_s": 2 * START_S, "heartbeat_s": 60.0, "shutdown_s": 10.0}
-    run = start(config)
+    config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(gate)}}
+    config["iterations"] = 80
+    config["evaluation"] = {"at_start": False, "at_end": False}
+    config["weights"] = {"directory": str(versions)}
+    config["deadlines"] = {
+        "startup_s": START_S, "stall_s": 2 * START_S, "heartbeat_s": 120.0, "shutdown_s": 10.0, "silent_s": 5.0, "quiet_s": 4.0,
+    }  # fmt: skip
+    run = start(config, "--plain")
+    sentence = find_wait(
+        run, lambda found: "has been starting its SGLang server" in found.sentence and found.sentence, "the start in words"
+    )
+    assert "generator-0 has been starting its SGLang server for" in sentence
     generator = run.until(lambda status: run.pids().get("generator-0"), "a generator", START_S)
-    run.until(lambda status: status.get("iteration", 0) >= 2, "two iterations", 2 * START_S)
-    processes = descendants(generator)
+    moves_on(run)
+    processes = set(descendants(generator))
     os.kill(scheduler_of(generator), signal.SIGKILL)
-    assert run.wait(3 * START_S) == 0, run.err
-    assert run.exit_record["outcome"] == "done" and run.exit_record["iterations_done"] == 6
-    log = (run.path / "logs" / "generator-0.log").read_text()
-    assert "the server is lost (1 in a row)" in log and "scheduler" in log
+    told = run.until(lambda status: events(run, "engine restarted"), "word of the lost server", REPORTED_S)
+    assert "its scheduler process" in told[0]["fault"]
+    moves_on(run)
+
+    processes |= set(descendants(generator))
+    scheduler = scheduler_of(generator)
+    os.kill(scheduler, signal.SIGSTOP)
+    blame = find_wait(run, lambda found: [b for b in found.guilty if b.kind == "server"], "blame of the server", REPORTED_S)[0]
+    assert blame.name == "generator-0"
+    assert f"no answer from its SGLang server for {blame.for_s:.0f} s (its scheduler process ({scheduler}) is stopped)" in blame.what
+    told = run.until(lambda status: events(run, "engine restarted")[1:], "word of the silent server", REPORTED_S)
+    assert "is stopped" in told[0]["fault"] and "for 2" in told[0]["fault"], told
+    find_wait(
+        run, lambda found: "starting its SGLang server" in found.sentence and "is stopped" in found.sentence, "the second start in words"
+    )
+    moves_on(run)
+
+    processes |= set(descendants(generator))
+    gate.unlink()
+    run.until(lambda status: doing(status, "generator-0") == "waiting:tasks", "a ring that waits for its scores")
+    os.kill(generator, signal.SIGSTOP)
+    published = newest(versions)
+    gate.touch()
+    run.until(lambda status: newest(versions) != published and doing(status, "learner-0") == "waiting:trajectories", "a new version")
+    shard = next(newest(versions).glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.kill(generator, signal.SIGCONT)
+    run.until(lambda status: run.pids().get("generator-0", generator) != generator, "a new generator", START_S)
+    shard.write_bytes(content)
+    refused = events(run, "weights refused")
+    assert refused and "differs from its manifest" in refused[0]["error"], refused
+
+    assert run.wait(3 * START_S, restarts=True) == 0, run.err
+    assert run.exit_record["outcome"] == "done" and run.exit_record["iterations_done"] == 80
+    assert "generator-0 lost its server and starts it again (1 so far)" in run.out
+    assert "differs from its manifest" in json.dumps(run.exit_record["restarts"])
     audit = subprocess.run(
         [sys.executable, "-P", "-m", "rlsys", "audit", str(run.path)], capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert audit.returncode == 0, audit.stdout + audit.stderr
     wait_until(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "nothing of the servers is left")
+
+
+def doing(status: dict[str, Any], name: str) -> str:
+    return next((str(process["doing"]) for process in status.get("processes", ()) if process["name"] == name), "")

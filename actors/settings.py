@@ -116,7 +116,8 @@ class ScheduleSettings(Settings):
         None, description="of minibatch: parts of an iteration, an optimizer step each; default 4"
     )
     reorder: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None, description="of bounded: how many later groups may overtake one that is waited for; default a quarter of groups_per_iteration"
+        None,
+        description="of bounded: how many later groups may overtake one that is waited for; default 0, what overtakes shortens the lead",
     )
     stragglers: Literal["wait", "drop", "mask"] = Field(
         "wait",
@@ -143,11 +144,10 @@ class ScheduleSettings(Settings):
         """Optimizer steps of an iteration, each on a part of its groups."""
         return (self.minibatches or 4) if self.name == "minibatch" else 1
 
-    def reorder_of(self, groups_per_iteration: int) -> int:
+    @property
+    def overtaking(self) -> int:
         """How many later groups may overtake one that is waited for."""
-        if self.name != "bounded" or self.stragglers != "wait":
-            return 0
-        return groups_per_iteration // 4 if self.reorder is None else self.reorder
+        return self.reorder or 0
 
     def may_lag(self, groups_per_iteration: int) -> int:
         """Without how many of its groups a batch may close."""

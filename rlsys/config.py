@@ -189,7 +189,7 @@ class RunConfig(Settings):
 
     def _check_schedule(self) -> None:
         schedule, groups = self.schedule, self.sampling.groups_per_iteration
-        reorder = schedule.reorder_of(groups)
+        reorder = schedule.overtaking
         if schedule.parts > groups:
             raise ValueError(f"schedule.minibatches is {schedule.parts} but an iteration has only {groups} groups")
         if schedule.stragglers != "wait" and not schedule.may_lag(groups):

@@ -16,7 +16,7 @@ def pacing_rule(config: RunConfig) -> PacingRule:
         iterations=config.iterations,
         groups_per_iteration=groups,
         max_staleness=config.schedule.bound,
-        reorder=config.schedule.reorder_of(groups),
+        reorder=config.schedule.overtaking,
         over_issue=config.schedule.over_issue,
     )
 
@@ -32,7 +32,7 @@ def batch_rule(config: RunConfig) -> BatchRule:
         stragglers=schedule.stragglers,
         may_lag=schedule.may_lag(groups),
         over_issue=schedule.over_issue,
-        reorder=schedule.reorder_of(groups),
+        reorder=schedule.overtaking,
         parts=schedule.parts,
         refills=rounds * groups,
     )

@@ -404,7 +404,7 @@ def rules(schedule: ScheduleSettings, iterations: int, groups: int) -> tuple[Pac
         iterations=iterations,
         groups_per_iteration=groups,
         max_staleness=schedule.bound,
-        reorder=schedule.reorder_of(groups),
+        reorder=schedule.overtaking,
         over_issue=schedule.over_issue,
     )
     batching = BatchRule(
@@ -414,7 +414,7 @@ def rules(schedule: ScheduleSettings, iterations: int, groups: int) -> tuple[Pac
         stragglers=schedule.stragglers,
         may_lag=schedule.may_lag(groups),
         over_issue=schedule.over_issue,
-        reorder=schedule.reorder_of(groups),
+        reorder=schedule.overtaking,
         parts=schedule.parts,
     )
     return pacing, batching

@@ -162,7 +162,8 @@ def test_refill_rounds_without_refill_are_refused(tmp_path: Path) -> None:
         ({}, {}, {"max_staleness": 1}, "one_off: staleness at most 1"),
         ({"name": "synchronous"}, {}, {"max_staleness": 0}, "synchronous: staleness at most 0"),
         ({"name": "minibatch"}, {}, {"max_staleness": 0, "parts": 4}, "4 optimizer steps per iteration, on groups as they come"),
-        ({"name": "bounded"}, {}, {"max_staleness": 2, "reorder": 5}, "a late group is overtaken by at most 5 others"),
+        ({"name": "bounded"}, {}, {"max_staleness": 2, "reorder": 0}, "bounded: staleness at most 2"),
+        ({"name": "bounded", "reorder": 5}, {}, {"max_staleness": 2, "reorder": 5}, "a late group is overtaken by at most 5 others"),
         ({"name": "bounded", "max_staleness": 3, "reorder": 0}, {}, {"max_staleness": 3}, "bounded: staleness at most 3"),
         ({"stragglers": "drop"}, {}, {"stragglers": "drop", "may_lag": 3}, "closes without at most 3 late groups (drop)"),
         (

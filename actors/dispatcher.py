@@ -384,6 +384,9 @@ class DispatcherProcess:
                 self._on_news(message)
             for peer, message in self._tasks.receive():
                 self._on_actor(peer, message)
+            for peer in node.leavers:
+                self._credits.drop_peer(peer)
+                self._allotment.drop(peer)
             self._take_inventory()
             if not self._restored:
                 self._issue()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from actors.engines import Engine, EngineLoad, Sampled, SampleRequest, Sampling
 from actors.weights import WeightsIntake
 from protocol.channels import Link
 from protocol.credits import Outgoing
-from protocol.errors import WeightsError
+from protocol.errors import RunEnded, WeightsError
 from protocol.messages import (
     Ack,
     Completion,
@@ -74,10 +75,12 @@ class _Running:
 class Generator:
     """The loop of one generator actor. `group_size` turns free slots into credits, which are counted in groups."""
 
-    def __init__(self, node: Node, engine: Engine, group_size: int, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self, node: Node, engine: Engine, group_size: int, dtype: str = "float32", device: str = "cpu", weights: Path | None = None
+    ) -> None:
         self._device = device
         self._node, self._engine, self._group_size = node, engine, group_size
-        self._intake = WeightsIntake(node.identity, engine, dtype)
+        self._intake = WeightsIntake(node.identity, engine, dtype, weights)
         self._wake_fd: int | None = getattr(engine, "wake_fd", None)
         self._loaded: Version | None = None
         self._held: list[_Running] | None = None
@@ -119,6 +122,12 @@ class Generator:
                 self._tell_faults()
             self._send()
             self._give_credits()
+            self._leave_when_empty()
+
+    def _leave_when_empty(self) -> None:
+        """Told to leave: go once every sample is done and journaled. A task that is still on the wire then is issued again to another."""
+        if self._node.leaving and not (self._running or self._held or self._unacknowledged):
+            raise RunEnded(f"nothing is left to do here, and it was told to leave: {self._node.leaving}")
 
     def _busy(self, load: EngineLoad) -> bool:
         """Whether the engine samples; one that has lost its weights only waits for them."""
@@ -322,6 +331,8 @@ class Generator:
         self._outbox.append(completion)
 
     def _send(self) -> None:
+        for leaver in self._node.leavers:
+            self._credits.drop_peer(leaver)
         while self._outbox and (peer := self._credits.best()) is not None:
             completion = self._outbox.popleft()
             key = key_of(completion)
@@ -336,7 +347,7 @@ class Generator:
         load = self._engine.load
         free = load.capacity - load.running - load.waiting
         version = (None if self._held is not None else self._engine.version) or Version(-1)
-        wanted = 0 if version.number < 0 else max(0, -(-free // self._group_size))
+        wanted = 0 if version.number < 0 or self._node.leaving else max(0, -(-free // self._group_size))
         total = max(self._granted[0], self._groups_taken + wanted)
         if (total, version.number) != self._granted:
             self._granted = (total, version.number)

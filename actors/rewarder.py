@@ -28,7 +28,7 @@ from actors.rewards import Reward, Sample, Score
 from actors.text import Text
 from protocol.channels import Link
 from protocol.credits import Incoming, Outgoing
-from protocol.errors import DataError, InfrastructureFault
+from protocol.errors import DataError, InfrastructureFault, RunEnded
 from protocol.intervals import Recorder, phase, record_here
 from protocol.messages import Ack, Completion, Credit, Hello, Holdings, Inventory, Trajectory, key_of
 from protocol.node import Node
@@ -154,10 +154,18 @@ class Rewarder:
                 self._receive()
                 self._collect()
                 self._send()
+                if self._node.leaving:
+                    self._leave_when_empty()
+                    continue
                 for peer, total in self._incoming.grants():
                     self._completions.send(peer, Credit(total=total))
         finally:
             self._scorers.close()
+
+    def _leave_when_empty(self) -> None:
+        """Told to leave: go once all that came is scored and journaled. What is on the wire then its generator still has, and sends to another."""
+        if not self._held:
+            raise RunEnded(f"nothing is left to score here, and it was told to leave: {self._node.leaving}")
 
     def _activity(self) -> tuple[str, str, str]:
         if self._scorers.active:
@@ -278,6 +286,7 @@ class Rewarder:
         return {
             "held": [(group, *counts) for group, counts in islice(groups.items(), FACTS)],
             "scoring_since_s": oldest,
+            "active": self._scorers.active,
             "outbox": len(self._outbox),
         }
 

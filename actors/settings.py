@@ -94,9 +94,22 @@ class RewarderSettings(Settings):
 
     count: Positive = Field(1, description="reward actors")
     reward: str = Field("unit_tests", description="a name of actors/rewards, or package.module:Class")
+    min: Positive | None = Field(None, description="with max: the run adds and removes reward actors by itself, by what waits to be scored")
+    max: Positive | None = Field(None, description="with min: never more reward actors than this, also by `rlsys scale`")
+    scale_after_s: float = Field(10.0, gt=0, description="how long too much must wait before one is added; three times as long for removal")
     concurrency: Positive = Field(1, description="samples that one reward actor scores at once")
     retries: int = Field(2, ge=0, description="how often a sample is scored again after a fault of our own machinery")
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own options")
+
+    @model_validator(mode="after")
+    def _count_is_within_limits(self) -> RewarderSettings:
+        if (self.min is None) != (self.max is None):
+            raise ValueError(
+                f"{'max' if self.max is None else 'min'} is missing: the number of reward actors follows the queue between both"
+            )
+        if self.min is not None and self.max is not None and not self.min <= self.count <= self.max:
+            raise ValueError(f"count is {self.count}, expected a number from min ({self.min}) to max ({self.max})")
+        return self
 
     @model_validator(mode="after")
     def _reward_is_known(self) -> RewarderSettings:

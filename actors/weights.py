@@ -24,7 +24,8 @@ GONE = 50
 class WeightsIntake:
     """Remembers the newest announcement and loads it when asked. Older ones and repeats change nothing."""
 
-    def __init__(self, identity: str, engine: Engine, dtype: str = "float32") -> None:
+    def __init__(self, identity: str, engine: Engine, dtype: str = "float32", directory: Path | None = None) -> None:
+        self._directory = directory
         self._identity = identity
         self._engine = engine
         self._announced: WeightsReady | None = None
@@ -61,11 +62,11 @@ class WeightsIntake:
         Raises InfrastructureFault when the engine itself is broken.
         """
         started = time.monotonic()
-        version = Version(ready.number, ready.incarnation)
+        version, directory = Version(ready.number, ready.incarnation), self._locate(ready)
         error, pause, distance = "", 0.0, float("nan")
         try:
-            manifest = verify(Path(ready.directory), ready.manifest_sha256)
-            pause = self._engine.load_weights(Path(ready.directory), version)
+            manifest = verify(directory, ready.manifest_sha256)
+            pause = self._engine.load_weights(directory, version)
             canary = read_canary(manifest)
             if canary is not None and getattr(self._engine, "samples_the_model", True):
                 error, distance = self._prove(canary, manifest)
@@ -74,7 +75,7 @@ class WeightsIntake:
             self.failures = self.failures + 1 if error else 0
         except WeightsError as fault:
             error = str(fault)
-            self.gone = 0 if Path(ready.directory).exists() else self.gone + 1
+            self.gone = 0 if directory.exists() else self.gone + 1
             self.failures += not self.gone or self.gone > GONE
             if self._announced is ready:
                 self._announced = None
@@ -89,6 +90,10 @@ class WeightsIntake:
             error=error,
             canary_error=distance,
         )
+
+    def _locate(self, ready: WeightsReady) -> Path:
+        """Where the version lies as this host sees it: where the learner says, or under that name in the directory that was given for it."""
+        return self._directory / Path(ready.directory).name if self._directory else Path(ready.directory)
 
     def _prove(self, canary: Canary, manifest: Mapping[str, Any]) -> tuple[str, float]:
         """What is wrong, empty if nothing is, and the largest difference between the learner's log-probs and the engine's."""

@@ -188,7 +188,7 @@ class Leader:
 
     def train(self) -> None:
         """The loop of the whole system."""
-        recorder, job = self._recorder, self._job
+        recorder, job, leave = self._recorder, self._job, False
         self._load()
         self._publish(self._version)
         self._publisher.remove_older_incarnations(self._incarnation)
@@ -201,7 +201,8 @@ class Leader:
                 check_staleness(batch, job.batches.max_staleness)
 
                 started = time.monotonic()
-                commit = batch.last and self._committer.due(iteration + 1, last=iteration + 1 == job.iterations)
+                leave = bool(self._node.leaving)
+                commit = batch.last and (leave or self._committer.due(iteration + 1, last=iteration + 1 == job.iterations))
                 with recorder.during("train", iteration=iteration):
                     if self._group.size > 1:
                         with recorder.during("waiting:ranks", "learner", "the batch's broadcast"):
@@ -220,8 +221,17 @@ class Leader:
             self._report(parts[-1][0], over_parts([metrics.values for _, metrics in parts]), train_s, publish_s)
             self._show(parts[-1][0], [metrics.ratio_counts for _, metrics in parts])
             self._iterations_done += 1
+            if commit and leave and iteration + 1 < job.iterations:
+                self._leave(iteration + 1)
         with recorder.during("commit"):
             self._committer.wait()
+
+    def _leave(self, number: int) -> None:
+        """Told to leave: end with this commit, so that a group of another size goes on from it. If it fails, the next one is tried."""
+        with self._recorder.during("commit"):
+            self._committer.wait()
+        if self._committer.committed == number:
+            raise RunEnded(f"the state is committed at v{number}, and it was told to leave: {self._node.leaving}")
 
     def _load(self) -> None:
         """Every rank takes the state of the checkpoint."""

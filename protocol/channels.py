@@ -22,6 +22,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from protocol import messages as m
+from protocol.addresses import bracketed
 from protocol.codec import decode, encode
 from protocol.errors import WireError
 
@@ -47,8 +48,16 @@ CHANNELS = {
         "supervisor",
         EVERYONE,
         (m.Register, m.Heartbeat, m.Finished, m.Event, m.Snapshot),
-        (m.Peers, m.Stop, m.Refused, m.ClockEcho),
-        "who lives, who stops",
+        (m.Peers, m.Leave, m.Stop, m.Refused, m.ClockEcho),
+        "who lives, who leaves, who stops",
+    ),
+    "orders": Channel("supervisor", ("client",), (m.Order,), (m.Answer, m.Refused), "commands that change a live run"),
+    "hosts": Channel(
+        "supervisor",
+        ("host",),
+        (m.JoinRequest, m.HostReport),
+        (m.Joined, m.HostOrders, m.Refused),
+        "what runs on other hosts; with keys of its own, because the run's are handed out here",
     ),
     "tasks": Channel(
         "dispatcher",
@@ -117,6 +126,10 @@ class Transport:
     opened: list[zmq.Socket[bytes]] = field(default_factory=list)
     epoch: int = 0
     """Of the run; a Hello of another one is refused. 0 takes all."""
+    server_key: bytes = b""
+    """Whom to connect to, where that is not whoever holds the own key."""
+    admits_all: bool = False
+    """Whether peers with any key may connect here: for the door of a run, which looks at their token before it says anything."""
     severed: threading.Event = field(default_factory=threading.Event)
 
     def cut(self) -> None:
@@ -140,7 +153,7 @@ class Transport:
 
     def bind_address(self, name: str) -> str:
         """Where to bind a socket called `name`: port 0 on tcp, a file on ipc."""
-        return f"ipc://{self.directory / name}" if self.directory else f"tcp://{self.host}:*"
+        return f"ipc://{self.directory / name}" if self.directory else f"tcp://{bracketed(self.host)}:*"
 
     def secure(self, socket: zmq.Socket[bytes], address: str, *, server: bool) -> None:
         """Turn CURVE on for a `tcp` socket, before it binds or connects."""
@@ -148,10 +161,11 @@ class Transport:
             return
         socket.curve_publickey, socket.curve_secretkey = self.keys.public, self.keys.secret
         if server:
-            _admit_only(self.context, self.keys.public)
+            if not self.admits_all:
+                _admit_only(self.context, self.keys.public)
             socket.curve_server = True
         else:
-            socket.curve_serverkey = self.keys.public
+            socket.curve_serverkey = self.server_key or self.keys.public
 
 
 _authenticators: dict[int, ThreadAuthenticator] = {}
@@ -248,11 +262,12 @@ class Endpoint(_Socket):
     def __init__(self, transport: Transport, channel: str, name: str) -> None:
         super().__init__(transport, channel, zmq.PULL if CHANNELS[channel].one_way else zmq.ROUTER)
         if not self.spec.one_way:
-            self.socket.router_mandatory = True
+            self.socket.router_mandatory = self.socket.router_handover = True  # who reconnects takes its own name over
         self.socket.maxmsgsize = MAX_FRAME_BYTES
         self._epoch = transport.epoch
         address = transport.bind_address(name)
         transport.secure(self.socket, address, server=True)
+        self.socket.ipv6 = "[" in address
         self.socket.bind(address)
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
@@ -306,6 +321,7 @@ class Link(_Socket):
         if not self.spec.one_way:
             self.socket.routing_id = identity.encode()
         transport.secure(self.socket, address, server=False)
+        self.socket.ipv6 = "[" in address
         self.socket.connect(address)
 
     def receive(self) -> Iterator[m.Message]:

@@ -1,6 +1,6 @@
 """The ledger: who may write, what was issued, published, committed, and one terminal state per group. SQLite in the run directory.
 
-The supervisor writes `run` and `starts`; rank 0 of the learner `published`, `checkpoints` and `ended`; the dispatcher `issued` and `skipped`.
+The supervisor writes `run`, `starts`, `sizes`; rank 0 of the learner `published`, `checkpoints` and `ended`; the dispatcher `issued` and `skipped`.
 Whoever writes names its start (`Writer`): the transaction is refused when that role and index has been started again since, so that a
 process that wakes up beside its replacement changes nothing.
 """
@@ -25,6 +25,9 @@ CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS starts (
   role TEXT NOT NULL, idx INTEGER NOT NULL, start INTEGER NOT NULL, epoch INTEGER NOT NULL, pid INTEGER NOT NULL DEFAULT 0,
   ticks INTEGER NOT NULL DEFAULT 0, started_s REAL NOT NULL, ended_s REAL, how TEXT NOT NULL DEFAULT '', PRIMARY KEY (role, idx, start)
+);
+CREATE TABLE IF NOT EXISTS sizes (
+  changed_s REAL NOT NULL, epoch INTEGER NOT NULL, fleet TEXT NOT NULL, count INTEGER NOT NULL, why TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS issued (
   group_id INTEGER NOT NULL, attempt INTEGER NOT NULL, iteration INTEGER NOT NULL, purpose TEXT NOT NULL,
@@ -256,6 +259,16 @@ class Ledger:
         """Every start, in order."""
         rows = self._read("SELECT role, idx, start, epoch, pid, ticks, started_s, ended_s, how FROM starts ORDER BY started_s, role, idx")
         return [Start(**dict(zip((f.name for f in fields(Start)), row, strict=True))) for row in rows]
+
+    def resized(self, fleet: str, count: int, epoch: int, why: str) -> None:
+        """A fleet shall have `count` processes from now on."""
+        with self._transaction(fenced=False) as db:
+            db.execute("INSERT INTO sizes VALUES (?,?,?,?,?)", (time.time(), epoch, fleet, count, why))
+
+    def sizes(self) -> list[tuple[float, str, int, str]]:
+        """Every change of a fleet's size, in order: (time_s, fleet, count, why)."""
+        rows = self._db.execute("SELECT changed_s, fleet, count, why FROM sizes ORDER BY rowid").fetchall()
+        return [(float(at), str(fleet), int(count), str(why)) for at, fleet, count, why in rows]
 
     # ------------------------------------------------------------------------------------------------ the dispatcher's part
 

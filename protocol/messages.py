@@ -429,10 +429,11 @@ class Peers(Message):
     """Supervisor to every process, whenever it changes: who is there.
 
     Example:
-        Peers(peers=[{"role": "dispatcher", "index": 0, "identity": "dispatcher-0@1", "addresses": {"tasks": "ipc:///..."}}])
+        Peers(peers=[{"role": "dispatcher", "index": 0, "identity": "dispatcher-0@1", "addresses": {"tasks": "ipc:///..."}, "leaving": False}])
     """
 
     peers: list[dict[str, Any]]
+    """Those who are `leaving` finish what they have: nobody sends them anything new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -479,6 +480,17 @@ class Stop(Message):
 
     Example:
         Stop(reason="interrupted")
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave(Message):
+    """Supervisor to one process: take nothing new, finish what you have, then end with exit code 0. A learner ends at its next commit.
+
+    Example:
+        Leave(reason="scaled to 1 generators")
     """
 
     reason: str
@@ -581,6 +593,108 @@ class Snapshot(Message):
 
     time_s: float
     values: dict[str, Any]
+
+
+# --------------------------------------------------------------------------------------------------- commands and other hosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order(Message):
+    """A command of a user of this run (`rlsys scale`) to its supervisor, answered by an Answer with the same number.
+
+    Example:
+        Order(number=1, name="scale", data={"generators": 3})
+    """
+
+    number: int
+    name: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Message):
+    """Supervisor to the command: what was done, or in `refused` one sentence why nothing was.
+
+    Example:
+        Answer(number=1, refused="", data={"generators": 3})
+    """
+
+    number: int
+    refused: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinRequest(Message):
+    """A host to the supervisor: let me in, and give me `count` actors of this role to run (0: the supervisor decides).
+
+    Example:
+        JoinRequest(secret="9f...", run_id="0123456789abcdef", version="0.1.0", name="gpu-7", role="generator", count=4)
+    """
+
+    secret: str
+    run_id: str
+    version: str
+    """Of rlsys there."""
+    name: str
+    """What people call the host."""
+    role: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined(Message):
+    """Supervisor to a host: you are let in. The run's keys are handed out here and nowhere else.
+
+    Example:
+        Joined(epoch=1, control="tcp://10.0.0.1:4711", public="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7",
+               secret="JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6", config="name: run", run_dir="/data/run",
+               weights_dir="/dev/shm/rlsys-ab", silent_s=30.0)
+    """
+
+    epoch: int
+    control: str
+    public: str
+    secret: str
+    config: str
+    """The resolved configuration as YAML."""
+    run_dir: str
+    weights_dir: str
+    """Both as the supervisor's host knows them."""
+    silent_s: float
+    """Silence after which the host counts as gone, and the supervisor for the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostReport(Message):
+    """A host to the supervisor, all that it knows, twice a second, so that a lost one changes nothing.
+
+    Example:
+        HostReport(processes=[["generator-4@1", 4711, None], ["generator-5@1", 4712, -9]], logs={"generator-4.log": b"..."}, leaving=False, lacks="")
+    """
+
+    processes: list[list[Any]]
+    """[identity, pid, exit code or None] of every process that it has started."""
+    logs: dict[str, bytes]
+    """What was written to each log since the last report, by its file's name."""
+    leaving: bool
+    """It was told to go: its processes shall leave in order."""
+    lacks: str
+    """Why it can run nothing; empty if it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostOrders(Message):
+    """Supervisor to a host, after each report and at each change: everything that shall run there, so that a lost one changes nothing.
+
+    Example:
+        HostOrders(wanted=[{"spec": {"role": "generator", "index": 4, "start": 1}, "environment": {"OMP_NUM_THREADS": "1"}}], stop="")
+    """
+
+    wanted: list[dict[str, Any]]
+    """Fields of a ProcessSpec, those that the host knows better left out, and environment variables. Who is not in here is ended."""
+    stop: str
+    """Why the host shall end everything and go; empty if it shall stay."""
 
 
 MESSAGES: Mapping[str, type[Message]] = {cls.__name__: cls for cls in Message.__subclasses__()}

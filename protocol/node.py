@@ -1,7 +1,7 @@
 """What every process of a run does besides its own work: register, find its peers, say that it lives, show what it waits for, stop.
 
-    supervisor --Peers, Stop--> [ Node ] --Register, Heartbeat, Finished, Event--> supervisor
-                                   |------Metrics, Intervals, Event-------------> dashboard
+    supervisor --Peers, Leave, Stop--> [ Node ] --Register, Heartbeat, Finished, Event--> supervisor
+                                          |------Metrics, Intervals, Event-------------> dashboard
 
 A process builds a Node, binds its channels with `serve`, names the channels it wants with `join`, calls `start`, and then
 calls `poll` in its loop. `poll` raises RunEnded when the supervisor says stop, so that no wait outlives the run.
@@ -27,7 +27,7 @@ from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport,
 from protocol.clock import Alignment, now_s
 from protocol.errors import RunEnded
 from protocol.intervals import Recorder, record_here
-from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Message, Metrics, Peers, Refused, Register, Stop
+from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Leave, Message, Metrics, Peers, Refused, Register, Stop
 
 log = logging.getLogger("rlsys.node")
 
@@ -52,6 +52,11 @@ class ProcessSpec:
     socket_dir: str = ""
     """For ipc; empty for tcp."""
     host: str = "127.0.0.1"
+    """What tcp sockets are bound to: an address of the host that the process runs on."""
+    place: int = -1
+    """Which of its role's processes on its host it is, where that decides its device; -1 where `index` does."""
+    weights_dir: str = ""
+    """Where this process finds published versions, if not where the learner says."""
 
     @property
     def identity(self) -> str:
@@ -88,6 +93,10 @@ class Node:
         self.facts: Callable[[], dict[str, Any]] = dict
         """Called at each heartbeat: what of the ring's work is here, for `rlsys why`; see rlsys/waits.py."""
         self._stop_reason: str | None = None
+        self.leaving = ""
+        """Why this process shall take nothing new, finish what it has and end; empty while it shall stay. Any thread may read it."""
+        self.leavers: frozenset[str] = frozenset()
+        """Who finishes what it has and then leaves: nobody sends them anything new."""
         self._waker = Waker()
         self._poller = Poller()
         self._poller.add(self._waker)
@@ -253,6 +262,8 @@ class Node:
             self.stop(message.reason)
         elif isinstance(message, Refused):
             self.stop(f"refused by the supervisor: {message.reason}")
+        elif isinstance(message, Leave):
+            self.leaving = self.leaving or message.reason or "told to leave"
         elif isinstance(message, Peers):
             self._meet(message)
         elif isinstance(message, ClockEcho):
@@ -263,6 +274,7 @@ class Node:
         for peer in message.peers:
             gone.pop(peer["identity"], None)
         self._peers = message.peers
+        self.leavers = frozenset(p["identity"] for p in message.peers if p.get("leaving"))
         for identity, role in gone.items():
             for channel, call in self._on_connector_gone.items():
                 if role in CHANNELS[channel].connectors:

@@ -37,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     up.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run's files go (default: runs/NAME-TIME)")
     up.add_argument("--detach", action="store_true", help="run in the background; follow it with `rlsys status` and `rlsys logs`")
+    up.add_argument("--launcher", default="local", metavar="NAME", help="local (children on this host) or ray (default local)")
+    up.add_argument(
+        "--address", default="", metavar="ADDRESS", help="of the Ray cluster: auto, HOST:PORT or ray://HOST:PORT (default auto)"
+    )
     up.add_argument(
         "--tensorboard", action="store_true", help="start TensorBoard beside the run on a free port of this host, and end it with it"
     )
@@ -51,6 +55,42 @@ def build_parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", _status, "how a run is doing: processes, iteration, reward, who waits for whom")
     status.add_argument("run", type=Path, metavar="RUN", help="run directory")
     status.add_argument("--json", action="store_true", help="for machines")
+
+    scale = _command(
+        commands, "scale", _scale, "change how many processes a fleet of a live run has; those who leave finish what they have"
+    )
+    scale.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    scale.add_argument(
+        "sizes",
+        nargs="*",
+        metavar="FLEET=COUNT",
+        help="generators=3, rewarders=8, learner=2 (ranks, at its next commit); none: show the sizes",
+    )
+    scale.add_argument("--no-wait", action="store_true", help="return once the run has been told, not once it is done")
+    scale.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default 600)")
+    scale.add_argument("--json", action="store_true", help="for machines")
+
+    token = _command(commands, "token", _token, "print the join token of a live run, which lets other hosts add actors to it")
+    token.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    token.add_argument("--rotate", action="store_true", help="make a new one; the one before opens nothing any more")
+    token.add_argument("--once", action="store_true", help="make a new one that ends with its first use")
+
+    join = _command(
+        commands, "join", _join, "add actors on this host to a run of another host, until the run ends or this command is told to"
+    )
+    join.add_argument("token", metavar="TOKEN", help="as `rlsys token RUN` prints it; - reads it from standard input")
+    join.add_argument("--role", choices=("generator", "rewarder"), required=True, help="what to add")
+    join.add_argument("--count", type=_count, default=1, metavar="N", help="how many (default 1)")
+    join.add_argument("--host", default="", metavar="ADDRESS", help="address, interface or name of this host (default: by the route)")
+    join.add_argument("--name", default="", help="what the run calls this host (default: its host name)")
+    join.add_argument("--model", type=Path, metavar="DIR", help="where the run's model lies on this host (default: as in the run)")
+    join.add_argument(
+        "--weights", type=Path, metavar="DIR", help="where the run's weights directory lies on this host (default: as in the run)"
+    )
+    join.add_argument(
+        "--devices", default="", metavar="LIST", help="CUDA devices for what is added, such as 0,1,2,3 (default: all of this host)"
+    )
+    join.add_argument("--dir", type=Path, metavar="DIR", help="keep logs and configuration here (default: a temporary directory)")
 
     top = _command(commands, "top", _top, "the live screen of a run: fleets, queues, rates, staleness, reward, events")
     top.add_argument("run", type=Path, metavar="RUN", help="run directory")
@@ -284,6 +324,7 @@ def _up(options: argparse.Namespace) -> int:
             plain=options.plain or None,
             as_json=options.json,
             tensorboard=options.tensorboard,
+            launcher=(options.launcher, options.address),
         )
     return up(
         options.config,
@@ -293,6 +334,7 @@ def _up(options: argparse.Namespace) -> int:
         plain=options.plain or None,
         as_json=options.json,
         tensorboard=options.tensorboard,
+        launcher=(options.launcher, options.address),
     )
 
 
@@ -372,6 +414,34 @@ def _status(options: argparse.Namespace) -> int:
     from rlsys.commands import status
 
     return status(options.run, as_json=options.json)
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from rlsys.scale import scale
+
+    return scale(options.run, options.sizes, wait_s=0.0 if options.no_wait else options.timeout, as_json=options.json)
+
+
+def _token(options: argparse.Namespace) -> int:
+    from rlsys.join import token
+
+    return token(options.run, rotate=options.rotate, once=options.once)
+
+
+def _join(options: argparse.Namespace) -> int:
+    from rlsys.join import join
+
+    return join(
+        options.token,
+        role=options.role,
+        count=options.count,
+        host=options.host,
+        name=options.name,
+        model=options.model,
+        weights=options.weights,
+        directory=options.dir,
+        devices=options.devices,
+    )
 
 
 def _why(options: argparse.Namespace) -> int:

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from protocol.errors import ConfigError, UserError
+from protocol.registry import resolve
 from rlsys.config import RunConfig, load_config
+from rlsys.launchers import LAUNCHERS, Launcher
 from rlsys.prepare import check_builtin, check_files, check_plugins, prepare, uses_builtin
 from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, read_json
 from rlsys.topology import describe
@@ -50,9 +52,11 @@ def up(
     plain: bool | None,
     as_json: bool,
     tensorboard: bool = False,
+    launcher: tuple[str, str] = ("local", ""),
 ) -> int:
     """Start a run and stay with it until it ends."""
     config = load_config(path, overrides)
+    _check_launcher(*launcher)
     started = time.time()
 
     def say(text: str) -> None:
@@ -65,24 +69,51 @@ def up(
     config = prepared.config
     check_room(choose_weights_dir(config, directory.path, "0" * 16), config)
     if detach:
-        return _detached(config, directory, tensorboard=tensorboard)
+        return _detached(config, directory, tensorboard=tensorboard, launcher=launcher)
+    place = _launch_with(*launcher)
+    config = place.adapt(config)
     directory.claim(config)
-    return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s, tensorboard=tensorboard)
+    return _supervise(config, directory, place, plain=plain, as_json=as_json, base_model_s=prepared.base_model_s, tensorboard=tensorboard)
 
 
-def resume(run: Path, overrides: Sequence[str], *, detach: bool, plain: bool | None, as_json: bool, tensorboard: bool = False) -> int:
+def _check_launcher(name: str, address: str) -> None:
+    if name not in LAUNCHERS:
+        raise ConfigError(f"--launcher {name}: not known; known are {', '.join(LAUNCHERS)}")
+    if name == "local" and address:
+        _launch_with(name, address)  # says why not
+
+
+def _launch_with(name: str, address: str) -> Launcher:
+    """The launcher of that name. Connects to what it needs; raises ConfigError when that is not there."""
+    launcher: Launcher = resolve(name, LAUNCHERS, "launcher")(address)
+    return launcher
+
+
+def resume(
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    detach: bool,
+    plain: bool | None,
+    as_json: bool,
+    tensorboard: bool = False,
+    launcher: tuple[str, str] = ("local", ""),
+) -> int:
     """Go on with a run whose supervisor is gone, or that was ended before its last iteration."""
     from rlsys.resume import is_done, resumed_config
 
     config = resumed_config(run, overrides)
+    _check_launcher(*launcher)
     if is_done(run, config):
         print(f"{run}: every iteration is done; raise iterations to go on", file=sys.stderr)
         return 0
     directory = RunDir(run)
     if detach:
-        return _detached(config, directory, tensorboard=tensorboard, resume=True)
+        return _detached(config, directory, tensorboard=tensorboard, resume=True, launcher=launcher)
+    place = _launch_with(*launcher)
+    config = place.adapt(config)
     directory.claim(config, resume=True)
-    return _supervise(config, directory, plain=plain, as_json=as_json, base_model_s=0.0, tensorboard=tensorboard, resume=True)
+    return _supervise(config, directory, place, plain=plain, as_json=as_json, base_model_s=0.0, tensorboard=tensorboard, resume=True)
 
 
 def _leave(*_: object) -> None:
@@ -93,6 +124,7 @@ def _leave(*_: object) -> None:
 def _supervise(
     config: RunConfig,
     directory: RunDir,
+    launcher: Launcher,
     *,
     plain: bool | None,
     as_json: bool,
@@ -106,7 +138,7 @@ def _supervise(
     from rlsys.supervisor import Phase, Supervisor
 
     out = sys.stderr if as_json else sys.stdout
-    supervisor = Supervisor(config, directory, resume=resume)
+    supervisor = Supervisor(config, directory, resume=resume, launcher=launcher)
     supervisor.view.phases.append(Phase("model and data", base_model_s, base_model_s))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: supervisor.stop("stopped", "told to stop"))
@@ -134,7 +166,7 @@ def _supervise(
     return ending.exit_code
 
 
-def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, resume: bool = False) -> int:
+def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launcher: tuple[str, str], resume: bool = False) -> int:
     """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
     directory.make()
     log = directory.logs / "supervisor.log"
@@ -146,15 +178,17 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, resume
         for target, source in ((0, null), (1, fd), (2, fd)):
             os.dup2(source, target)
         try:
+            place = _launch_with(*launcher)
+            config = place.adapt(config)
             directory.claim(config, resume=resume)
-            code = _supervise(config, directory, plain=True, as_json=False, base_model_s=0.0, tensorboard=tensorboard, resume=resume)
+            code = _supervise(config, directory, place, plain=True, as_json=False, base_model_s=0.0, tensorboard=tensorboard, resume=resume)
         except BaseException as error:
             print(f"rlsys: {error}", file=sys.stderr)
             code = 1
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + (10.0 if launcher[0] == "local" else 60.0)  # a cluster answers in seconds
     while holder(directory.path) != child:
         if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > deadline:
             raise ConfigError(f"the run did not start; see {log}")
@@ -197,12 +231,27 @@ def status(run: Path, *, as_json: bool) -> int:
         )
     for result in content.get("evaluations", []):
         print(f"  held-out pass@1 {result['pass_at_1']:.3f} at v{result['version']} ({result['problems']} problems)")
+    for line in fleet_lines(content.get("fleets", {})):
+        print(f"  {line}")
     for process in content["processes"]:
         about = ": ".join(filter(None, (process["peer"], process["detail"])))
-        print(
-            f"  {process['name']:<14} pid {process['pid']:<8} {process['doing']} for {process['for_s']:.1f} s{f' ({about})' if about else ''}"
+        at = f" on {process['host']}" if process.get("host") else ""
+        doing = (
+            f"{process['doing']} for {process['for_s']:.1f} s{f' ({about})' if about else ''}{'; leaves' if process.get('leaving') else ''}"
         )
+        print(f"  {process['name']:<14} pid {process['pid']:<8}{at} {doing}")
     return 0
+
+
+def fleet_lines(fleets: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """One line for each fleet that is not as large as it shall be, or has members on other hosts. From status.json."""
+    lines = []
+    for fleet, size in fleets.items():
+        parts = [f"{size['count']} of {size['wanted']}"] if size["count"] != size["wanted"] else []
+        parts += [f"{size['leaving']} leave"] if size["leaving"] else []
+        parts += [f"{size['joined']} joined"] if size["joined"] else []
+        lines += [f"{fleet}: {', '.join(parts)}"] if parts else []
+    return lines
 
 
 def audit(run: Path, *, as_json: bool) -> int:

@@ -62,6 +62,14 @@ class TransportSettings(Settings):
     host: str = Field("127.0.0.1", description="address that tcp sockets are bound to")
 
 
+class RaySettings(Settings):
+    """What one process of each role takes of a Ray cluster, beside or instead of what its own settings say (`up --launcher ray`)."""
+
+    learner: dict[str, float] = Field(default_factory=dict, description="such as {CPU: 4, GPU: 1}; default: threads, and a GPU on cuda")
+    generator: dict[str, float] = Field(default_factory=dict, description="default: threads, and a GPU on cuda")
+    rewarder: dict[str, float] = Field(default_factory=dict, description="default: a CPU for each of `concurrency`")
+
+
 class DeadlineSettings(Settings):
     """What may take how long before the run ends with a sentence that says who waited for whom. Seconds."""
 
@@ -75,6 +83,9 @@ class DeadlineSettings(Settings):
     silent_s: float = Field(5.0, gt=0, description="silence, without using the processor, after which `rlsys why` blames a process")
     quiet_s: float = Field(30.0, gt=0, description="time without any movement after which the run says by itself who waits for whom")
     stall_s: float = Field(900.0, gt=0, description="time in which nothing in the whole ring moves and the learner computes nothing")
+    leave_s: float = Field(
+        300.0, gt=0, description="from the order to leave (`rlsys scale`) until a process is ended with what it has, which is issued again"
+    )
     shutdown_s: float = Field(8.0, gt=0, description="from the stop to the end of the last process")
 
 
@@ -116,6 +127,7 @@ class RunConfig(Settings):
     journal: JournalSettings = Field(default_factory=JournalSettings, description="the record that restarts and replay read")
     weights: WeightsSettings = Field(default_factory=WeightsSettings, description="published versions")
     transport: TransportSettings = Field(default_factory=TransportSettings, description="how processes reach each other")
+    ray: RaySettings = Field(default_factory=RaySettings, description="resources on a Ray cluster")
     observe: ObserveSettings = Field(default_factory=ObserveSettings, description="what a run records about itself")
     guards: GuardSettings = Field(default_factory=GuardSettings, description="when learning looks wrong")
     deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings, description="what may take how long")

@@ -57,6 +57,16 @@ def event_line(event: Event) -> str | None:
         return "it moves again"
     if event.name == "restart":
         return f"{data['how']}; it is started again"
+    if event.name == "scale":
+        return f"{data['fleet']}: {data['before']} -> {data['count']} ({data['why']})"
+    if event.name == "left":
+        return f"{data['process']} {data['how']} ({data['why']})"
+    if event.name == "host joined":
+        return f"host {data['host']} joins with {data['count']} {data['role']}s"
+    if event.name == "host gone":
+        return str(data["why"])
+    if event.name == "learner resized":
+        return f"the learner goes on with {data['count']} ranks instead of {data['before']}"
     if event.name == "learner resumed":
         return f"the learner goes on from v{data['version']} and trains {data['batches']} recorded batches again"
     if event.name == "engine restarted":

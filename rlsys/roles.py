@@ -103,7 +103,7 @@ def _generator(node: Node, config: RunConfig) -> None:
         threads=settings.threads,
         dtype=settings.dtype,
         device=settings.device,
-        index=node.spec.index,
+        index=node.spec.index if node.spec.place < 0 else node.spec.place,
         extra=engine_options(config),
         name=node.spec.name,
         log_dir=Path(node.spec.run_dir) / "logs",
@@ -112,7 +112,8 @@ def _generator(node: Node, config: RunConfig) -> None:
     device = f"{settings.device} of {node.spec.name}" if (settings.engine, settings.device) == ("sglang", "cuda") else settings.device
     engine = resolve(settings.engine, ENGINES, "engine")(options)
     try:
-        Generator(node, engine, config.sampling.group_size, settings.dtype, device).run()
+        weights = Path(node.spec.weights_dir) if node.spec.weights_dir else None
+        Generator(node, engine, config.sampling.group_size, settings.dtype, device, weights).run()
     finally:
         engine.close()
 
@@ -155,7 +156,7 @@ def _learner(node: Node, config: RunConfig) -> None:
             run_dir=run_dir,
             weights_dir=Path((run_dir / WEIGHTS_DIR).read_text()),
             publish_dtype=config.weights.dtype,
-            host=config.transport.host,
+            host=node.spec.host,
             journal_keep_bytes=None if config.journal.keep == "all" else round(config.journal.keep * 1e9),
             settings=config.learner,
             histograms=config.observe.histograms,

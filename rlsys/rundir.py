@@ -151,6 +151,17 @@ def write_atomically(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+WEIGHTS_PROBE = ".run"
+"""A file in the weights directory that holds the run's id, by which a host on a shared file system sees that it is the one."""
+
+
+def write_privately(path: Path, text: str) -> None:
+    """A new file that only this user may read; what was there goes."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None when there is none."""
     try:

@@ -96,6 +96,8 @@ def _processes(content: Mapping[str, Any], age: float) -> RenderableType:
         else:
             line = f"[{PAINT.get(doing, 'white')}]{escape(what)}[/]{escape(more)}"
         size = f"{resident / 1e6:,.0f} MB" if resident else ""
+        if process.get("leaving"):
+            line += "  [dim]leaves when it is empty[/dim]"
         table.add_row(process["name"], str(process["pid"]), size, f"{process.get('for_s', 0.0):.0f} s", line)
     return table
 

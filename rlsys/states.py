@@ -36,7 +36,9 @@ class Heard(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """0 for a process of another host, which nobody can look up here."""
+        ...
 
 
 class Observer:
@@ -50,7 +52,7 @@ class Observer:
         """The state of each process now."""
         now, wall = time.monotonic(), now_s()
         states = [self._state(process, now, wall) for process in processes]
-        return self._look(states, {p.name: p.pid for p in processes}, now)
+        return self._look(states, {p.name: p.pid for p in processes if p.pid}, now)
 
     def _state(self, process: Heard, now: float, wall: float) -> ProcessState:
         beat = process.heartbeat
@@ -74,7 +76,7 @@ class Observer:
         )
 
     def _look(self, states: list[ProcessState], pids: Mapping[str, int], now: float) -> list[ProcessState]:
-        strange = {s.name for s in states if s.silent_s > LOOK_S or s.quiet_s > LOOK_S}
+        strange = {s.name for s in states if s.name in pids and (s.silent_s > LOOK_S or s.quiet_s > LOOK_S)}
         if not strange:
             self._cpu.clear()
             return states

@@ -1,10 +1,12 @@
 """The supervisor (`rlsys up`): starts every process, introduces them to each other, watches them, and ends them all.
 
-    every process --Register, Heartbeat, Finished, Event--> [ supervisor ] --Peers, Stop--> every process
+    every process --Register, Heartbeat, Finished, Event--> [ supervisor ] --Peers, Leave, Stop--> every process
     dashboard --Snapshot--> [ supervisor ] --> progress on the terminal, status.json, exit.json
+    rlsys scale --Order--> [ supervisor ] --Answer--> rlsys scale
 
 A process that dies or falls silent is killed with its whole group, fenced off in the ledger, and started again (all ranks of the learner
-together), with a pause that grows; rlsys/restarts.py says when that ends. The run ends when dispatcher and learner have finished, when it is
+together), with a pause that grows; rlsys/restarts.py says when that ends. Fleets change while it runs: who leaves takes nothing new, finishes
+what it has and is not replaced (rlsys/scaling.py). The run ends when dispatcher and learner have finished, when it is
 told to stop, at a fault that a restart cannot mend, or when every process waits. Whatever the end, no process is left `shutdown_s` later, and
 exit.json says how it ended.
 """
@@ -18,23 +20,38 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from protocol.addresses import numeric
 from protocol.channels import Endpoint, Keys, Poller, Transport
 from protocol.clock import now_s
+from protocol.errors import ConfigError
 from protocol.intervals import is_waiting
 from protocol.ledger import Ledger
-from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Message, Peers, Register, Snapshot, Stop
+from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Leave, Message, Peers, Refused, Register, Snapshot, Stop
 from protocol.node import ProcessSpec
-from rlsys.config import RunConfig
-from rlsys.launchers.local import Child, cpu_seconds, end_leftover, start_ticks
+from rlsys.config import RunConfig, dump_config
+from rlsys.hosts import Door, Grant, Host, describe_keys
+from rlsys.launchers import Handle, Launcher
+from rlsys.launchers.local import LocalLauncher, cpu_seconds, end_leftover, start_ticks
 from rlsys.logs import bound
+from rlsys.orders import ADDRESS, Orders
 from rlsys.restarts import GiveUp, RestartPolicy
 from rlsys.roles import BUG, USER_ERROR, WEIGHTS_DIR
-from rlsys.rundir import RunDir, check_room, choose_weights_dir, make_scratch_dir, read_json, write_atomically
+from rlsys.rundir import (
+    WEIGHTS_PROBE,
+    RunDir,
+    check_room,
+    choose_weights_dir,
+    make_scratch_dir,
+    read_json,
+    write_atomically,
+    write_privately,
+)
+from rlsys.scaling import FLEETS, QueueRule, leavers, newcomers, resized, sizes_of
 from rlsys.states import Observer, limits, to_data
 from rlsys.topology import processes
 from rlsys.waits import Explanation, ProcessState, explain, nothing_moves
@@ -65,8 +82,9 @@ class Ending:
 class Process:
     """What the supervisor knows of one process: its present start, or, between two starts, the last."""
 
-    child: Child
+    child: Handle
     started_s: float
+    launcher: Launcher
     registered: Register | None = None
     heartbeat: Heartbeat | None = None
     heard_s: float = 0.0
@@ -79,6 +97,11 @@ class Process:
     restart_at_s: float | None = None
     """It is dead and comes back then."""
     restarts: int = 0
+    added: bool = False
+    """It came while the run went on: if it cannot live, the run goes on without it."""
+    leaving: str = ""
+    """Why it leaves the run; empty if it stays."""
+    leaving_since_s: float = 0.0
     device: str = ""
     """What it samples or trains on, as it says itself."""
 
@@ -87,8 +110,13 @@ class Process:
         return self.child.spec.name
 
     @property
+    def role(self) -> str:
+        return self.child.spec.role
+
+    @property
     def pid(self) -> int:
-        return self.child.pid
+        """Of a process of this host; 0 for one of another."""
+        return 0 if self.child.host else self.child.pid
 
     @property
     def stuck_s(self) -> float:
@@ -123,6 +151,8 @@ class View:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     restarts: list[dict[str, Any]] = field(default_factory=list)
     """What died, how, and when: {"name", "identity", "how", "time_s"}."""
+    finishing: bool = False
+    """Training has ended; the last evaluation goes on."""
     status: dict[str, Any] = field(default_factory=dict)
     """What status.json holds; made anew every second."""
 
@@ -130,7 +160,8 @@ class View:
 class Supervisor:
     """One run. `run` returns how it ended; `stop` may be called from a signal handler."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, *, resume: bool = False) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, *, resume: bool = False, launcher: Launcher | None = None) -> None:
+        self._launcher = launcher or LocalLauncher()
         self.config, self.run_dir, self._resume = config, run_dir, resume
         self.view = View(config, run_dir.path)
         self.on_event: Callable[[Event], object] = lambda event: None
@@ -150,6 +181,13 @@ class Supervisor:
         self._scratch: Path | None = None
         self._weights_dir: Path | None = None
         self._transport: Transport | None = None
+        self._host = ""
+        self._door: Door | None = None
+        self._wanted_ranks, self._ranks_why = config.learner.ranks, ""
+        scorers = config.rewarders
+        self._queue_rule = (
+            QueueRule(scorers.min, scorers.max, scorers.concurrency, scorers.scale_after_s) if scorers.min and scorers.max else None
+        )
 
     def stop(self, outcome: str, reason: str) -> None:
         """End the run in order at the next turn of the loop."""
@@ -164,7 +202,13 @@ class Supervisor:
         try:
             control = self._prepare()
             poller = Poller()
-            poller.add(control)
+            orders = Orders(self._sockets)
+            orders.handlers["scale"] = lambda sizes: self._scale(control, sizes, "by hand")
+            self._book.put(ADDRESS, orders.end.address)
+            orders.handlers["token"] = self._new_token
+            for end in (control, orders.end, *([self._door.end] if self._door else [])):
+                poller.add(end)
+            self._launcher.reserve(self.config, processes(self.config), self._door)
             for role, index in processes(self.config):
                 self._start(role, index, control.address)
             while self._ending is None:
@@ -173,8 +217,13 @@ class Supervisor:
                 ended = [process for process in alive if process.child.exit_code() is not None]
                 for peer, message in control.receive():  # after looking who ended, so that the last words of the dead are heard first
                     self._on_message(control, peer, message)
+                orders.turn()
+                if self._door is not None:
+                    self._door.turn()
+                self._launcher.turn()
                 self._watch(control, ended)
                 self._restart_due(control)
+                self._follow_queue(control)
                 self._tick()
             return self._ending
         except KeyboardInterrupt:
@@ -200,14 +249,36 @@ class Supervisor:
         for key, value in (("run_id", self._run_id), ("epoch", self._epoch), ("scratch", self._scratch), ("weights", self._weights_dir)):
             self._ledger.put(key, str(value))
         keys = None
+        self._host = numeric(config.transport.host)
         if config.transport.kind == "tcp":
             keys = Keys.make()
-            (path / "keys.json").unlink(missing_ok=True)
-            fd = os.open(path / "keys.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w") as file:
-                json.dump({"public": keys.public.decode(), "secret": keys.secret.decode()}, file)
-        self._transport = Transport(int(self._run_id, 16), None if keys else self._scratch, config.transport.host, keys)
-        return Endpoint(self._transport, "control", "control")
+            write_privately(path / "keys.json", describe_keys(keys.public.decode(), keys.secret.decode()))
+        self._transport = Transport(int(self._run_id, 16), None if keys else self._scratch, self._host, keys)
+        control = Endpoint(self._transport, "control", "control")
+        if keys is not None:
+            self._weights_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (self._weights_dir / WEIGHTS_PROBE).write_text(self._run_id)
+            self._door = self._open_door(control, keys, self._weights_dir)
+        return control
+
+    def _open_door(self, control: Endpoint, keys: Keys, weights_dir: Path) -> Door:
+        """Where other hosts come in."""
+        grant = Grant(
+            epoch=self._epoch,
+            control=control.address,
+            keys=keys,
+            config=lambda: dump_config(self.config),
+            run_dir=self.run_dir.path,
+            weights_dir=weights_dir,
+            silent_s=self.config.deadlines.heartbeat_s,
+        )
+        door = Door(self._run_id, self._host, grant)
+        door.on_join = lambda host: self._host_joined(control, host)
+        door.on_leave = lambda host: self._leave(
+            control, [p for p in self._processes.values() if p.launcher is host], f"host {host.name} leaves"
+        )
+        door.on_gone = lambda host: self._host_gone(control, host)
+        return door
 
     def _take_over(self, ledger: Ledger) -> None:
         """Go on with a run whose supervisor is gone: end what it left, and begin a new epoch."""
@@ -231,9 +302,18 @@ class Supervisor:
         self.view.restarts += before.get("restarts", [])
         (self.run_dir.path / "exit.json").unlink(missing_ok=True)
 
-    def _start(self, role: str, index: int, control: str) -> None:
+    @property
+    def _book(self) -> Ledger:
         assert self._ledger is not None
-        start = self._ledger.next_start(role, index, self._epoch)
+        return self._ledger
+
+    @property
+    def _sockets(self) -> Transport:
+        assert self._transport is not None
+        return self._transport
+
+    def _start(self, role: str, index: int, control: str, launcher: Launcher | None = None, *, added: bool = False) -> None:
+        start = self._book.next_start(role, index, self._epoch)
         spec = ProcessSpec(
             run_id=self._run_id,
             epoch=self._epoch,
@@ -243,25 +323,31 @@ class Supervisor:
             run_dir=str(self.run_dir.path),
             control=control,
             socket_dir=str(self._scratch) if self.config.transport.kind == "ipc" else "",
-            host=self.config.transport.host,
+            host=self._host,
         )
         threads = {"learner": self.config.learner.threads, "generator": self.config.generators.threads}.get(role, 1)
         environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self._scratch)}
         before = self._processes.get(spec.name)
-        child = Child(spec, self.run_dir.logs / f"{spec.name}.log", environment)
-        self._ledger.started(role, index, start, child.pid, start_ticks(child.pid))
-        self._processes[spec.name] = Process(child, time.monotonic(), restarts=before.restarts if before else 0)
+        launcher = launcher or self._launcher
+        child = launcher.start(spec, self.run_dir.logs / f"{spec.name}.log", environment)
+        pid = 0 if child.host else child.pid  # a resumed run ends what is left on its own host
+        self._book.started(role, index, start, pid, start_ticks(pid) if pid else 0)
+        self._processes[spec.name] = Process(child, time.monotonic(), launcher, restarts=before.restarts if before else 0, added=added)
 
     # ------------------------------------------------------------------------------------------------ watching
 
     def _on_message(self, control: Endpoint, peer: str, message: Message) -> None:
         process = self._processes.get(peer.partition("@")[0])
         if process is None or process.child.spec.identity != peer or process.restart_at_s is not None:
+            if isinstance(message, Register | Heartbeat):  # it was cut off and given up: whatever it has is issued again
+                control.send(peer, Refused(reason="it was given up and replaced"))
             return
         process.heard_s, received_s = time.monotonic(), now_s()
         if isinstance(message, Register):
             process.registered = message
             self._introduce(control)
+            if process.role == "learner" and self._wanted_ranks != self.config.learner.ranks:
+                control.send(peer, Leave(reason=self._ranks_why))
         elif isinstance(message, Heartbeat):
             process.heartbeat = message
             if message.progress != process.progress:
@@ -284,9 +370,14 @@ class Supervisor:
                 self.stop("done", "every iteration is done")
 
     def _introduce(self, control: Endpoint) -> None:
-        known = [p.registered for p in self._processes.values() if p.registered is not None and p.restart_at_s is None]
-        peers = Peers(peers=[{"role": r.role, "index": r.index, "identity": r.identity, "addresses": r.addresses} for r in known])
-        for register in known:
+        known = [(p.registered, bool(p.leaving)) for p in self._processes.values() if p.registered is not None and p.restart_at_s is None]
+        peers = Peers(
+            peers=[
+                {"role": r.role, "index": r.index, "identity": r.identity, "addresses": r.addresses, "leaving": leaving}
+                for r, leaving in known
+            ]
+        )
+        for register, _ in known:
             control.send(register.identity, peers)
 
     def _watch(self, control: Endpoint, ended: list[Process]) -> None:
@@ -298,15 +389,21 @@ class Supervisor:
             beat = process.heartbeat
             if code is not None:
                 if process in ended:
-                    self._died(control, process, f"{identity} {_how(code)}", code)
+                    self._died(control, process, f"{identity} {process.child.how()}", code)
             elif not process.heard_s and now - process.started_s > limits.startup_s:
                 self._died(control, process, f"{identity} gave no sign of life within {limits.startup_s:g} s of its start")
+            elif self._door is not None and self._door.silent_s(process.launcher) > limits.heartbeat_s / 2:
+                pass  # if its host falls silent, that is what has happened
             elif process.heard_s and now - process.heard_s > limits.heartbeat_s:
                 doing = beat.doing if beat else "unknown"
                 self._died(control, process, f"{identity} has been silent for {now - process.heard_s:.0f} s; it was last at: {doing}")
             elif beat and process.stuck_s > limits.busy_s:
                 stuck = f"{identity} has been at {beat.doing!r} for {process.stuck_s:.0f} s without a result"
                 self._died(control, process, f"{stuck} (deadlines.busy_s is {limits.busy_s:g})")
+            elif process.leaving and now - process.leaving_since_s > limits.leave_s:
+                self._died(
+                    control, process, f"{identity} had not finished {limits.leave_s:g} s after it was told to leave (deadlines.leave_s)"
+                )
             if self._ending is not None:
                 return
         self._watch_stall()
@@ -331,13 +428,25 @@ class Supervisor:
 
     def _died(self, control: Endpoint, process: Process, what: str, code: int | None = None) -> None:
         """A process ended or counts as hung: kill what is left of it, tell everyone, and either plan its return or end the run."""
-        role = process.child.spec.role
+        role = process.role
+        if self._ending is None and process.leaving:
+            self._left(control, process, what, code)
+            return
+        if self._ending is None and role == "learner" and self._wanted_ranks != self.config.learner.ranks and code not in (USER_ERROR, BUG):
+            self._resize_learner(control, what)
+            return
+        if code == USER_ERROR and process.added and self._ending is None:
+            self._gave_up(control, process, process.error.removeprefix("user: ") or what)
+            return
         if code in (USER_ERROR, BUG) or (code == 0 and self._ending is not None):
             self._fail(process, what, user_error=code == USER_ERROR)
             return
         unit = "learner" if role == "learner" else process.name
         error = "" if process.error.startswith(GROUP_FAULTS) else process.error
         verdict = self._policy.died(unit, role, time.monotonic(), what, error)
+        if isinstance(verdict, GiveUp) and process.added:
+            self._gave_up(control, process, verdict.reason)
+            return
         if isinstance(verdict, GiveUp):
             self._fail(process, verdict.reason)
             return
@@ -361,7 +470,151 @@ class Supervisor:
     def _restart_due(self, control: Endpoint) -> None:
         for process in list(self._processes.values()):
             if process.restart_at_s is not None and time.monotonic() >= process.restart_at_s and self._ending is None:
-                self._start(process.child.spec.role, process.child.spec.index, control.address)
+                self._start(process.role, process.child.spec.index, control.address, process.launcher, added=process.added)
+
+    # ------------------------------------------------------------------------------------------------ hosts that come and go
+
+    def _host_joined(self, control: Endpoint, host: Host) -> None:
+        """A host is ready: give it what it came for."""
+        if self._ending is not None:
+            return
+        for _ in range(host.count):
+            used = {p.child.spec.index for p in self._processes.values() if p.role == host.role}
+            [index] = newcomers(used, len(used), len(used) + 1)
+            self._start(host.role, index, control.address, host, added=True)
+        if host.count:
+            self._tell("host joined", host=host.name, role=host.role, count=host.count)
+
+    def _host_gone(self, control: Endpoint, host: Host) -> None:
+        """A host left or is lost. What it brought along goes with it; what the run itself placed there is placed anew."""
+        brought = [p for p in self._processes.values() if p.launcher is host]
+        if host.count:
+            self._tell("host gone", host=host.name, why=host.gone)
+        for process in brought:
+            process.leaving = process.leaving or host.gone
+            self._left(control, process, host.gone, process.child.exit_code())
+
+    def _new_token(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The join token, a new one if that is asked."""
+        if self._door is None:
+            raise ConfigError(NO_DOOR)
+        if options.get("rotate") or options.get("once"):
+            self._door.rotate(once=bool(options.get("once")))
+        return {"token": self._door.token}
+
+    # ------------------------------------------------------------------------------------------------ fleets that change
+
+    def _scale(self, control: Endpoint, sizes: Mapping[str, Any], why: str) -> dict[str, Any]:
+        """Let fleets have these sizes. Says what they had. Raises ConfigError for what cannot be."""
+        before = sizes_of(self.config)
+        config = resized(self.config, sizes)
+        if self._ending is not None or self.view.finishing:
+            raise ConfigError(f"the run is ending: {self._ending.reason if self._ending else 'its last iteration is done'}")
+        changed = {fleet: count for fleet, count in sizes_of(config).items() if count != before[fleet]}
+        config = resized(config, {"learner": before["learner"]})  # until the group has left at a commit
+        coming, going = list[tuple[str, int]](), list[tuple[str, list[Process]]]()
+        for fleet, count in changed.items():
+            if fleet == "learner":
+                continue
+            role = FLEETS[fleet][0]
+            of_role = {p.child.spec.index: p for p in self._processes.values() if p.role == role}
+            staying = [index for index, p in of_role.items() if p.launcher is self._launcher and not p.leaving]
+            coming += [(role, index) for index in newcomers(of_role, len(staying), count)]
+            going.append((f"{fleet} are scaled to {count}", [of_role[index] for index in leavers(staying, count)]))
+        self._launcher.reserve(config, coming, self._door)  # refused here, nothing has changed
+        self._take_config(config)
+        for fleet, count in changed.items():
+            self._book.resized(fleet, count, self._epoch, why)
+            self._tell("scale", fleet=fleet, before=before[fleet], count=count, why=why)
+        for role, index in coming:
+            self._start(role, index, control.address, added=True)
+        for reason, processes_ in going:
+            self._leave(control, processes_, reason)
+        if "learner" in sizes:  # as large as it is already: a change that has not happened yet is taken back
+            self._wanted_ranks, self._ranks_why = int(sizes["learner"]), f"the learner group shall have {sizes['learner']} ranks"
+        if "learner" in changed:
+            control.send(self._processes["learner-0"].child.spec.identity, Leave(reason=self._ranks_why))
+        return {fleet: {"before": before[fleet], "count": int(sizes[fleet])} for fleet in sizes}
+
+    def _take_config(self, config: RunConfig) -> None:
+        """From now on this is the run's configuration, also for processes that start and for a resume."""
+        self.config = self.view.config = config
+        write_atomically(self.run_dir.path / "config.yaml", dump_config(config))
+
+    def _leave(self, control: Endpoint, leaving: Sequence[Process], why: str) -> None:
+        """Let these finish what they have and go. Everyone is told first, so that nothing new is sent to them."""
+        for process in leaving:
+            process.leaving, process.leaving_since_s = why, time.monotonic()
+        self._introduce(control)
+        for process in leaving:
+            if process.registered is None:  # it is not there yet, or dead: nobody has given it anything that a death does not give back
+                self._left(control, process, "it had not begun", None)
+            else:
+                control.send(process.child.spec.identity, Leave(reason=why))
+
+    def _left(self, control: Endpoint, process: Process, what: str, code: int | None) -> None:
+        """A process that was leaving is gone, in order or not: what it still had is issued again. It is not replaced."""
+        spec = process.child.spec
+        process.child.kill()
+        how = "left in order" if code == 0 else f"left, not in order: {what}"
+        if process.restart_at_s is None:
+            self._book.stopped(spec.role, spec.index, spec.start, how)
+        del self._processes[process.name]
+        process.launcher.release(spec.role, spec.index)
+        self._tell("left", process=process.name, how=how, why=process.leaving)
+        self._introduce(control)
+
+    def _gave_up(self, control: Endpoint, process: Process, reason: str) -> None:
+        """An actor that was added cannot live here: the fleet is as large as it can be."""
+        log.warning("%s was added and is given up: %s", process.name, reason)
+        process.leaving = process.leaving or reason
+        of_launcher = process.launcher is self._launcher
+        self._left(control, process, reason, USER_ERROR)
+        fleet = next((name for name, (role, _) in FLEETS.items() if role == process.role), "")
+        if of_launcher and fleet and (count := sizes_of(self.config)[fleet]) > 1:
+            self._take_config(resized(self.config, {fleet: count - 1}))
+            self._book.resized(fleet, count - 1, self._epoch, f"{process.name}: {reason}")
+
+    def _resize_learner(self, control: Endpoint, what: str) -> None:
+        """The learner group has ended, at a commit if all went well: another of the wanted size goes on from there."""
+        group = [p for p in self._processes.values() if p.role == "learner"]
+        for process in group:
+            spec = process.child.spec
+            process.child.kill()
+            if process.restart_at_s is None:
+                self._book.stopped(spec.role, spec.index, spec.start, self._ranks_why)
+            del self._processes[process.name]
+        self._introduce(control)
+        for process in group:
+            process.launcher.release("learner", process.child.spec.index)
+        config = resized(self.config, {"learner": self._wanted_ranks})
+        try:
+            self._launcher.reserve(config, [("learner", index) for index in range(self._wanted_ranks)], self._door)
+        except ConfigError as error:
+            log.warning("the learner group keeps its %d ranks: %s", len(group), error)
+            self._wanted_ranks, config = len(group), self.config
+            self._launcher.reserve(config, [("learner", index) for index in range(len(group))], self._door)
+        self._take_config(config)
+        self._tell("learner resized", before=len(group), count=self._wanted_ranks, how=what)
+        for index in range(self._wanted_ranks):
+            self._start("learner", index, control.address)
+
+    def _follow_queue(self, control: Endpoint) -> None:
+        """Add or remove reward actors by what waits to be scored, within the configured limits."""
+        rule = self._queue_rule
+        if rule is None or self._ending is not None or self.view.finishing or time.monotonic() < self._next_status_s:
+            return
+        facts = [(p.role, p.heartbeat.facts) for p in self._processes.values() if p.heartbeat is not None and not p.leaving]
+        waiting = sum(int(found.get("outbox", 0)) for role, found in facts if role == "generator")
+        taken = sum(int(found.get("active", 0)) for role, found in facts if role == "rewarder")
+        count = self.config.rewarders.count
+        busy = min(taken, count * rule.concurrency)
+        wanted = rule.wanted(count, waiting + taken - busy, busy, time.monotonic())
+        if wanted != count:
+            why = (
+                f"{waiting + taken - busy} completions waited" if wanted > count else f"{busy} of {count * rule.concurrency} places in use"
+            )
+            self._scale(control, {"rewarders": wanted}, f"by itself: {why}")
 
     # ------------------------------------------------------------------------------------------------ showing
 
@@ -374,6 +627,7 @@ class Supervisor:
             self.view.evaluations[:] = sorted([*others, event.data], key=lambda result: int(result["version"]))
         elif event.name == "training started" and self.view.training_since_s is None:
             self.view.training_since_s = event.time_s
+        self.view.finishing = self.view.finishing or event.name == "training ended"
         following = {"training started": "training", "training ended": "final evaluation and end"}.get(event.name)
         if following and following in (self._phase, *(phase.name for phase in self.view.phases)):
             return False
@@ -382,7 +636,7 @@ class Supervisor:
         return True
 
     def _next_phase(self, name: str) -> None:
-        now, cpu = time.monotonic(), cpu_seconds({p.child.pid for p in self._processes.values()})
+        now, cpu = time.monotonic(), cpu_seconds({p.pid for p in self._processes.values() if p.pid})
         self.view.phases.append(Phase(self._phase, now - self._mark_s, cpu - self._mark_cpu_s))
         self._mark_s, self._mark_cpu_s, self._phase = now, cpu, name
 
@@ -446,6 +700,7 @@ class Supervisor:
             "evaluations": self.view.evaluations,
             "restarts": self.view.restarts,
             "limits": asdict(limits(self.config)),
+            "fleets": self._fleets(),
             "stalled": self._stalled,
             "why": self._explain().sentence,
             "processes": [
@@ -456,10 +711,23 @@ class Supervisor:
                     "progress": p.heartbeat.progress if p.heartbeat else 0,
                     **to_data(states.get(p.name, ProcessState(name=p.name, registered=False))),
                     "addresses": p.registered.addresses if p.registered else {},
+                    "host": p.child.host,
+                    "leaving": p.leaving,
                 }
                 for p in self._processes.values()
             ],
         }
+
+    def _fleets(self) -> dict[str, dict[str, int]]:
+        """How many of each fleet are there, how many shall be, and how many of those who are there leave."""
+        wanted = sizes_of(self.config) | {"learner": self._wanted_ranks}
+        found = {}
+        for fleet, (role, _) in FLEETS.items():
+            there = [p for p in self._processes.values() if p.role == role]
+            joined = sum(p.launcher is not self._launcher for p in there)
+            leaving = sum(bool(p.leaving) for p in there)
+            found[fleet] = {"count": len(there) - leaving, "wanted": wanted[fleet] + joined, "leaving": leaving, "joined": joined}
+        return found
 
     # ------------------------------------------------------------------------------------------------ ending
 
@@ -492,6 +760,9 @@ class Supervisor:
             for directory in (self._scratch, self._weights_dir):
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)
+            if self._door is not None:
+                self._door.close(ending.reason or ending.outcome)
+            self._launcher.close()
             if self._transport is not None:
                 self._transport.close()
             if self._ledger is not None:
@@ -505,6 +776,9 @@ class Supervisor:
         kill_at = deadline - self.config.deadlines.shutdown_s * 0.15
         told: set[str] = set()
         while any(p.child.exit_code() is None for p in self._processes.values()):
+            if self._door is not None:
+                self._door.turn()
+            self._launcher.turn()
             if control is not None:
                 for peer, message in control.receive():  # also those that register only now must hear of the end
                     if isinstance(message, Snapshot):
@@ -527,13 +801,17 @@ class Supervisor:
         for process in self._processes.values():
             if self._ledger is not None and process.restart_at_s is None:
                 spec, code = process.child.spec, process.child.exit_code()
-                self._ledger.stopped(spec.role, spec.index, spec.start, _how(code) if code else "ended with the run")
+                self._ledger.stopped(spec.role, spec.index, spec.start, process.child.how() if code else "ended with the run")
         if control is not None:
             for _, message in control.receive():
                 if isinstance(message, Snapshot):
                     self.view.snapshot = message.values
 
 
+NO_DOOR = (
+    "the run's sockets are files of this host (transport.kind is ipc), so no other host can join: start it, or resume it, with "
+    "--set transport.kind=tcp --set transport.host=ADDRESS, an address of this host that the others reach"
+)
 GROUP_FAULTS = ("InfrastructureFault", "DeadlineExceeded")
 """Errors that tell of another process's death rather than of a fault that would come again."""
 
@@ -545,9 +823,3 @@ def in_words(beat: Heartbeat) -> str:
     if not is_waiting(beat.doing):
         return f"{name} has been at {beat.doing!r} for {seconds:.0f} s{detail}"
     return f"{name} waits {seconds:.0f} s for {beat.doing.removeprefix('waiting:')} from {beat.peer}{detail}"
-
-
-def _how(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}" if code else "ended before the run did"

@@ -50,13 +50,20 @@ def device_kind(device: str) -> str:
     return kind
 
 
-def visible_devices(options: Options, device: str, index: int) -> str:
-    """CUDA_VISIBLE_DEVICES of server `index`. Raises ConfigError when `devices` has none left for it."""
+def visible_devices(options: Options, device: str, index: int, given: str = "") -> str:
+    """CUDA_VISIBLE_DEVICES of server `index`, of those that this process was `given` itself. Raises ConfigError when none is left for it."""
     if device_kind(device) == "cpu":
         return ""
     if device.startswith("cuda:"):
         return device.partition(":")[2]
     first, last = index * options.tp, (index + 1) * options.tp
+    if options.devices is None and given:
+        pool = [name.strip() for name in given.split(",")]
+        if last > len(pool):
+            raise ConfigError(
+                f"sglang engine {index}: needs devices {first} to {last - 1} of CUDA_VISIBLE_DEVICES, which names {len(pool)}"
+            )
+        return ",".join(pool[first:last])
     if options.devices is None:
         return ",".join(str(number) for number in range(first, last))
     if last > len(options.devices):
@@ -109,7 +116,7 @@ def server_environment(engine: EngineOptions, options: Options) -> dict[str, str
     own = {
         "OMP_NUM_THREADS": str(engine.threads),
         "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": visible_devices(options, engine.device, engine.index),
+        "CUDA_VISIBLE_DEVICES": visible_devices(options, engine.device, engine.index, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -154,7 +161,7 @@ class Server:
         self.log = (engine.log_dir or Path(tempfile.gettempdir())) / f"{engine.name}-server.log"
         if not self.attached:
             self._python = find_python("sglang", device_kind(engine.device), options.python)
-            visible_devices(options, engine.device, engine.index)
+            visible_devices(options, engine.device, engine.index, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
     def begin(self) -> None:
         """Start the server; `wait_ready` tells when it answers. Nothing to do for one that runs elsewhere.

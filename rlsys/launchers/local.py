@@ -7,11 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from protocol.errors import DeadlineExceeded
+from protocol.errors import ConfigError, DeadlineExceeded
 from protocol.node import PARENT, ProcessSpec
+from rlsys.config import RunConfig
+from rlsys.launchers import how_it_ended
+
+if TYPE_CHECKING:
+    from rlsys.hosts import Door
 
 KILL_S = 30.0
 """From SIGKILL to the end of a process: only one that hangs in the kernel, at a dead file server say, takes longer than a moment."""
@@ -20,7 +27,9 @@ KILL_S = 30.0
 class Child:
     """One started process. Ending it ends its whole process group, sandbox cells and engines included."""
 
-    def __init__(self, spec: ProcessSpec, log_path: Path, environment: dict[str, str]) -> None:
+    host = ""
+
+    def __init__(self, spec: ProcessSpec, log_path: Path, environment: Mapping[str, str]) -> None:
         self.spec = spec
         self.log_path = log_path
         with log_path.open("ab") as log:
@@ -36,6 +45,10 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def how(self) -> str:
+        """How it ended, in words."""
+        return how_it_ended(self._process.returncode or 0)
 
     def exit_code(self) -> int | None:
         """None while it runs; negative is a signal's number. What is left of its group is killed once it has ended."""
@@ -64,12 +77,45 @@ class Child:
 
     def tail(self, lines: int = 20) -> list[str]:
         """The end of its log."""
-        try:
-            with self.log_path.open("rb") as log:
-                log.seek(max(0, self.log_path.stat().st_size - 64_000))
-                return log.read().decode("utf-8", "replace").splitlines()[-lines:]
-        except OSError:
-            return []
+        return tail(self.log_path, lines)
+
+
+class LocalLauncher:
+    """Children of the supervisor on this host."""
+
+    def __init__(self, address: str = "") -> None:
+        if address:
+            raise ConfigError(f"--address {address}: the local launcher starts children of its own and has no address; leave it out")
+
+    def adapt(self, config: RunConfig) -> RunConfig:
+        """As it is."""
+        return config
+
+    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None) -> None:
+        """There is no limit but the machine."""
+
+    def release(self, role: str, index: int) -> None:
+        """Nothing was taken for it."""
+
+    def turn(self) -> None:
+        """The kernel tells who has ended."""
+
+    def start(self, spec: ProcessSpec, log_path: Path, environment: Mapping[str, str]) -> Child:
+        """Start a child."""
+        return Child(spec, log_path, environment)
+
+    def close(self) -> None:
+        """Nothing is left to give back."""
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a file; none if it cannot be read."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - 64_000))
+            return log.read().decode("utf-8", "replace").splitlines()[-lines:]
+    except OSError:
+        return []
 
 
 def start_ticks(pid: int) -> int:

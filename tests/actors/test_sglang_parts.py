@@ -153,6 +153,9 @@ def test_wrong_tensors_are_told_before_a_server_sees_them(tmp_path: Path) -> Non
 def test_each_server_has_devices_of_its_own() -> None:
     options = Options(tp=2, devices=[3, 4, 5, 6])
     assert [visible_devices(options, "cuda", i) for i in (0, 1)] == ["3,4", "5,6"]
+    assert [visible_devices(Options(), "cuda", i, "4,GPU-5f,7") for i in (0, 2)] == ["4", "7"], "of those that it was given itself"
+    with pytest.raises(ConfigError, match="needs devices 3 to 3 of CUDA_VISIBLE_DEVICES, which names 3"):
+        visible_devices(Options(), "cuda", 3, "4,5,7")
     assert [visible_devices(Options(), device, 2) for device in ("cuda", "cuda:5", "cpu")] == ["2", "5", ""]
     with pytest.raises(ConfigError, match="needs devices 4 to 5 of the list, which names 4"):
         visible_devices(options, "cuda", 2)

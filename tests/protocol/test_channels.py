@@ -145,7 +145,7 @@ def test_tcp_with_the_runs_key_admits_its_peers_and_nobody_else(tcp: Callable[[K
 
 
 def test_every_channel_joins_roles_that_exist() -> None:
-    roles = {"supervisor", "dispatcher", "generator", "rewarder", "learner", "dashboard"}
+    roles = {"supervisor", "dispatcher", "generator", "rewarder", "learner", "dashboard", "client", "host"}
     for channel in CHANNELS.values():
         assert {channel.binder, *channel.connectors} <= roles
         assert channel.up

@@ -24,6 +24,9 @@ COMMANDS = (
     "up",
     "check",
     "status",
+    "scale",
+    "token",
+    "join",
     "top",
     "why",
     "timeline",
@@ -273,3 +276,37 @@ def test_check_goes_on_after_a_fault_and_prints_the_rest(tmp_path: Path, capsys:
     assert f"{good}: ok" in output.out
     assert "generators  2 x embedded" in output.out
     assert f"rlsys: {bad}: iterations is 0" in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["up", "CONFIG", "--launcher", "slurm"], "--launcher slurm: not known; known are local, ray"),
+        (["up", "CONFIG", "--address", "auto"], "--address auto: the local launcher starts children of its own"),
+        (["scale", "EMPTY", "generators=2"], "holds no run"),
+        (["scale", "EMPTY", "generators=two"], "'generators=two': expected FLEET=COUNT"),
+        (["scale", "EMPTY"], "is not running"),
+        (["token", "EMPTY"], "holds no run"),
+        (["join", "hello", "--role", "generator"], "'hello' is no join token"),
+        (["join", "rlsys1.AAAA", "--role", "rewarder"], "damaged join token"),
+        (["join", "rlsys1.AAAA", "--role", "rewarder", "--count", "0"], "--count 0: at least one actor"),
+    ],
+)
+def test_wrong_words_about_fleets_and_hosts_are_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path / "config.yaml", minimal(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert main([{"CONFIG": str(config), "EMPTY": str(tmp_path / "empty")}.get(word, word) for word in arguments]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_ray_without_ray_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    monkeypatch.setattr("rlsys.commands.check_room", lambda directory, config: None)
+    config = write(tmp_path / "config.yaml", minimal(tmp_path))
+    run = tmp_path / "run"
+    assert main(["up", str(config), "--launcher", "ray", "--run-dir", str(run)]) == 2
+    assert "the ray launcher needs Ray: pip install 'rlsys[ray]'" in capsys.readouterr().err
+    assert not run.exists()

@@ -89,16 +89,17 @@ def config(tiny_model: Path, problems: Path, tmp_path: Path) -> dict[str, Any]:
 class Run:
     """A started `rlsys up`. Ended by its id, whatever the test does."""
 
-    def __init__(self, config: dict[str, Any], directory: Path, *arguments: str) -> None:
+    def __init__(self, config: dict[str, Any], directory: Path, *arguments: str, inside: str = "") -> None:
         self.config_path = directory / "config.yaml"
         self.config_path.write_text(yaml.safe_dump(config))
         self.path = directory / "run"
+        self._inside = ["ip", "netns", "exec", inside] if inside else []  # a network namespace, where it stands for a host
         self.process = self._start("up", str(self.config_path), "--run-dir", str(self.path), *arguments)
         self.out = self.err = ""
 
     def _start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlsys", *arguments],
+            [*self._inside, sys.executable, "-P", "-m", "rlsys", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -179,10 +180,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start runs; every process of theirs is gone when the test ends, and a test that left one behind fails."""
     runs: list[Run] = []
 
-    def make(config: dict[str, Any], *arguments: str) -> Run:
+    def make(config: dict[str, Any], *arguments: str, inside: str = "") -> Run:
         directory = tmp_path / f"r{len(runs)}"
         directory.mkdir()
-        runs.append(Run(config, directory, *arguments))
+        runs.append(Run(config, directory, *arguments, inside=inside))
         return runs[-1]
 
     yield make

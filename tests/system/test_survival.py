@@ -36,8 +36,11 @@ def sound(run: Run, iterations: int) -> dict[str, Any]:
     return result
 
 
-def command(*arguments: str, timeout_s: float = 1500.0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
+def command(*arguments: str, timeout_s: float = 1500.0, inside: str = "") -> subprocess.CompletedProcess[str]:
+    where = ["ip", "netns", "exec", inside] if inside else []
+    return subprocess.run(
+        [*where, sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False
+    )
 
 
 def rehearse(run: Run, kills: int, seed: int, *arguments: str) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""`rlsys join TOKEN` on another host, and `rlsys token RUN` on the run's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from protocol.errors import UserError
+from rlsys import __version__
+from rlsys.launchers.agent import Agent, leave_on_signals
+from rlsys.orders import ask
+from rlsys.token import parse
+
+
+def token(run: Path, *, rotate: bool, once: bool) -> int:
+    """Print the token, a new one if that is asked."""
+    print(ask(run, "token", {"rotate": rotate, "once": once})["token"])
+    return 0
+
+
+def join(
+    text: str,
+    *,
+    role: str,
+    count: int,
+    host: str = "",
+    name: str = "",
+    model: Path | None = None,
+    weights: Path | None = None,
+    directory: Path | None = None,
+    devices: str = "",
+) -> int:
+    """Be a host of a run until it ends, or this is told to leave (SIGTERM, Ctrl-C); a second time: at once."""
+    if count < 1:
+        raise UserError(f"--count {count}: at least one actor is added")
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    found = parse(sys.stdin.readline() if text == "-" else text, __version__)
+    agent = Agent(
+        found,
+        name=name,
+        role=role,
+        count=count,
+        host=host,
+        directory=None if directory is None else directory.resolve(),
+        model=model,
+        weights=None if weights is None else weights.resolve(),
+        say=lambda line: print(line, flush=True),
+    )
+    leave_on_signals(agent)
+    code, why = agent.run()
+    print(f"rlsys: {why}", file=sys.stderr if code else sys.stdout)
+    return code

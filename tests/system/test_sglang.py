@@ -281,8 +281,9 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     gate, versions = tmp_path / "gate", tmp_path / "versions"
     gate.touch()
     config["generators"] = {"engine": "sglang", "slots": 16, "options": {"start_s": START_S, "stream_interval": 8}}
-    config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(gate)}}
+    config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(gate)}, "concurrency": 8}
     config["iterations"] = 80
+    config["sampling"] = {"groups_per_iteration": 2, "group_size": 4, "max_tokens": 24}
     config["evaluation"] = {"at_start": False, "at_end": False}
     config["weights"] = {"directory": str(versions)}
     config["deadlines"] = {
@@ -298,7 +299,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     processes = set(descendants(generator))
     os.kill(scheduler_of(generator), signal.SIGKILL)
     told = run.until(lambda status: events(run, "engine restarted"), "word of the lost server", REPORTED_S)
-    assert "its scheduler process" in told[0]["fault"]
+    assert "its scheduler process" in told[0]["fault"] or "exit code" in told[0]["fault"], told
     moves_on(run)
 
     processes |= set(descendants(generator))
@@ -308,7 +309,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     assert blame.name == "generator-0"
     assert f"no answer from its SGLang server for {blame.for_s:.0f} s (its scheduler process ({scheduler}) is stopped)" in blame.what
     told = run.until(lambda status: events(run, "engine restarted")[1:], "word of the silent server", REPORTED_S)
-    assert "is stopped" in told[0]["fault"] and "for 2" in told[0]["fault"], told
+    assert f"its scheduler process ({scheduler}) is stopped" in told[0]["fault"], told
     find_wait(
         run, lambda found: "starting its SGLang server" in found.sentence and "is stopped" in found.sentence, "the second start in words"
     )
@@ -320,7 +321,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     os.kill(generator, signal.SIGSTOP)
     published = newest(versions)
     gate.touch()
-    run.until(lambda status: newest(versions) != published and doing(status, "learner-0") == "waiting:trajectories", "a new version")
+    run.until(lambda status: newest(versions) != published and doing(status, "learner-0", 2.0) == "waiting:trajectories", "a new version")
     shard = next(newest(versions).glob("*.safetensors"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -342,5 +343,6 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     wait_until(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "nothing of the servers is left")
 
 
-def doing(status: dict[str, Any], name: str) -> str:
-    return next((str(process["doing"]) for process in status.get("processes", ()) if process["name"] == name), "")
+def doing(status: dict[str, Any], name: str, for_s: float = 0.0) -> str:
+    """What a process has been at for at least so long."""
+    return next((str(p["doing"]) for p in status.get("processes", ()) if p["name"] == name and p["for_s"] >= for_s), "")

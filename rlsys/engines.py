@@ -132,7 +132,7 @@ def _make(lock: Lock, target: Path, say: Callable[[str], None]) -> None:
     requirements.write_text(lock.requirements)
     _run([*pip, "--no-deps", "-r", str(requirements)], say, f"install {lock.num_packages} packages")
     site = Path(_output([str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]))
-    _write_plugin(site)
+    write_plugin(site)
     if lock.device == "cpu":
         shutil.copyfile(str(_FILES / "standins.py"), site / "sitecustomize.py")
     say("  look whether it imports")
@@ -143,8 +143,8 @@ def _make(lock: Lock, target: Path, say: Callable[[str], None]) -> None:
     (target / READY).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _write_plugin(site: Path) -> None:
-    """The plug-in as an installed distribution, which is where SGLang looks for plug-ins."""
+def write_plugin(site: Path) -> None:
+    """The plug-in as an installed distribution in `site`, a directory on the server's path, which is where SGLang looks for plug-ins."""
     shutil.copyfile(str(_FILES / "seeds.py"), site / "rlsys_sglang_seeds.py")
     about = site / "rlsys_sglang-1.dist-info"
     about.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def configuration(directory: Path, options: argparse.Namespace, lane: str) -> di
             "options": {
                 "lane": lane, "start_s": 900, **({} if cpu else {"memory_fraction": 0.4}),
                 **({"python": str(options.python)} if options.python else {}),
-                "environment": dict(pair.split("=", 1) for pair in options.environment),
+                "environment": server_environment(directory, options),
             },
         },
         "rewarders": {"reward": "benchmarks.gpu.rewards:Evenness"},
@@ -80,6 +81,19 @@ def configuration(directory: Path, options: argparse.Namespace, lane: str) -> di
         "weights": {"dtype": dtype},
         "deadlines": {"startup_s": 1200, "stall_s": 1800},
     }  # fmt: skip
+
+
+def server_environment(directory: Path, options: argparse.Namespace) -> dict[str, str]:
+    """What the server's environment gets: what was asked for, and for an interpreter from elsewhere the plug-in that draws by seed."""
+    given = dict(pair.split("=", 1) for pair in options.environment)
+    if options.python is not None:
+        from rlsys.engines import write_plugin
+
+        plugin = directory / "plugin"
+        plugin.mkdir(exist_ok=True)
+        write_plugin(plugin)
+        given["PYTHONPATH"] = os.pathsep.join(filter(None, (str(plugin), given.get("PYTHONPATH"))))
+    return given
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,20 +128,21 @@ def read(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     iterations = [row for row in rows if "reward/mean" in row]
 
-    def mean(key: str) -> float:
-        values = [row[key] for row in iterations if row.get(key) is not None]
-        return sum(values) / len(values) if values else float("nan")
+    def typical(key: str) -> float:
+        """The median, without the first iteration: its numbers hold the start of the server."""
+        values = [row[key] for row in iterations[1:] or iterations if row.get(key) is not None]
+        return statistics.median(values) if values else float("nan")
 
     last = iterations[-1]
     swaps = max(1.0, last.get("engine/swaps_total") or 1.0)
     return {
         "iterations": len(iterations),
-        "sampled_tokens_per_s": mean("throughput/sampled_tokens_per_s"),
-        "trained_tokens_per_s": mean("train/tokens_per_s"),
-        "publish_s": mean("train/publish_s"),
+        "sampled_tokens_per_s": typical("throughput/sampled_tokens_per_s"),
+        "trained_tokens_per_s": typical("train/tokens_per_s"),
+        "publish_s": typical("train/publish_s"),
         "pause_s_per_swap": (last.get("engine/swap_pause_s_total") or 0.0) / swaps,
-        "load_s": mean("engine/load_s"),
-        "canary_error": mean("engine/canary_error"),
+        "load_s": typical("engine/load_s"),
+        "canary_error": typical("engine/canary_error"),
         "logprob_drift": [row.get("train/logprob_drift") for row in iterations],
     }
 

@@ -185,6 +185,7 @@ class Client:
         self._watched = False
         try:
             yield
+            self._heard_s = time.monotonic()
         finally:
             self._watched = True
 
@@ -296,6 +297,8 @@ class Client:
                 self._heard_s, worked_s = now, work_s
             if asking is None and now - self._heard_s >= ANSWER_EVERY_S:
                 asking = asyncio.create_task(self._ask(silence_s))
+                self._tasks.add(asking)
+                asking.add_done_callback(self._tasks.discard)
             elif asking is not None and asking.done():
                 asking = None
             if now - self._heard_s > silence_s:

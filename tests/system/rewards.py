@@ -48,10 +48,11 @@ class FaultyReward(LengthReward):
 
 
 class SlowReward(LengthReward):
-    """Takes its time, so that kills hit a run in the middle."""
+    """Takes its time, so that kills hit a run in the middle; until a file appears, if one is named."""
 
     def score(self, sample: Sample) -> Score:
-        time.sleep(float(self._options["seconds"]))
+        if not Path(self._options.get("until", "/nowhere")).exists():
+            time.sleep(float(self._options["seconds"]))
         return super().score(sample)
 
 

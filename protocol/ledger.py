@@ -68,6 +68,8 @@ def _columns(schema: str) -> dict[str, set[str]]:
 
 
 _COLUMNS = _columns(_SCHEMA)
+_FIRST = ("run", "starts", "issued", "ended")
+"""Tables that every ledger has."""
 LOCKED_S = 30.0
 """Longest wait for another process's transaction, each of which takes milliseconds; then the writer ends and says that the ledger is locked."""
 _ENDED = tuple(spec.name for spec in fields(GroupOutcome))
@@ -192,11 +194,11 @@ class Ledger:
             raise DataError(f"{path}: the ledger is damaged ({error})") from None
 
     def _check_columns(self) -> None:
-        """Raise DataError for the ledger of another rlsys, whose tables are others."""
+        """Raise DataError for the ledger of another rlsys, whose tables are others. One that lacks a newer table is an older run's, and read."""
         found = {table: {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")} for table in _COLUMNS}
         for table, columns in _COLUMNS.items():
             missing = sorted(columns - found[table])
-            if missing:
+            if missing and (found[table] or table in _FIRST):
                 lacks = f"column {missing[0]} of table {table}" if found[table] else f"table {table}"
                 raise DataError(
                     f"{self._path}: this is no ledger of this version of rlsys (no {lacks}): read it with the version that wrote it"

@@ -88,7 +88,7 @@ def test_an_empty_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("script", "lacks"),
     [
         ("ALTER TABLE ended DROP COLUMN num_truncated", "no column num_truncated of table ended"),
-        ("DROP TABLE stages", "no table stages"),
+        ("DROP TABLE issued", "no table issued"),
         ("ALTER TABLE issued RENAME COLUMN requeues TO tries", "no column requeues of table issued"),
     ],
 )
@@ -109,3 +109,9 @@ def test_a_run_in_a_directory_that_may_not_be_written(run: Path, capsys: pytest.
         assert (printed.out, printed.err.count("\n")) == ("", 1), printed
         assert "Permission denied" in printed.err
     assert not (run / "ledger.sqlite-wal").exists()
+
+
+def test_an_older_run_without_a_newer_table_is_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(run, "DROP TABLE stages")
+    assert main(["audit", str(run)]) == 1
+    assert "2000 doubled" in capsys.readouterr().out

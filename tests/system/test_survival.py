@@ -55,9 +55,9 @@ def rehearse(run: Run, kills: int, seed: int, *arguments: str) -> dict[str, Any]
 def killed_all_over(config: dict[str, Any], start: Callable[..., Run], hurry: Path, kills: int, seed: int) -> None:
     """Random kills over all roles while the run goes on. Rewards take their time until all are done, and then it ends by itself.
 
-    An iteration takes 2 s at least, so 8 for each kill are more than a busy machine needs to recover from it.
+    An iteration takes 2 s at least, so 6 for each kill are more than a busy machine needs to recover from it.
     """
-    iterations = 8 * kills
+    iterations = 6 * kills
     config["rewarders"] = {"reward": "tests.system.rewards:SlowReward", "options": {"seconds": 0.25, "until": str(hurry)}}
     run = start(surviving(config, iterations))
     run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration", 300)

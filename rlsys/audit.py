@@ -205,12 +205,8 @@ def read_books(run: Path) -> Books:
     try:
         run_id = int(ledger.get("run_id") or (read_json(run / "status.json") or {}).get("run_id", "0"), 16)
         samples, batches, damaged = [], [], 0
-
-        def on_damage(path: Path, end: int) -> None:
-            nonlocal damaged
-            damaged += 1
-
-        for record in read_records(journal, 0, on_damage) if journal.is_dir() else ():
+        bad: set[tuple[Path, int]] = set()
+        for record in read_records(journal, 0, lambda path, end: bad.add((path, end))) if journal.is_dir() else ():
             kind, *frames = record.frames
             if kind == b"trajectory":
                 try:
@@ -228,13 +224,22 @@ def read_books(run: Path) -> Books:
             outcomes=ledger.outcomes(),
             samples=samples,
             batches=batches,
-            damaged=damaged,
+            damaged=damaged + len(_still(bad) if bad and holder(run) is not None else bad),
             starts=ledger.starts(),
             skipped=ledger.num_skipped(),
             complete=min(segments(journal), default=0) == 0,
         )
     finally:
         ledger.close()
+
+
+def _still(bad: set[tuple[Path, int]]) -> set[tuple[Path, int]]:
+    """Those that are still bad when they are read again: in a live run the last record may have been half written at that moment."""
+    again: set[tuple[Path, int]] = set()
+    for directory in {path.parent for path, _ in bad}:
+        for _ in read_records(directory, min(int(path.stem) for path, _ in bad), lambda path, end: again.add((path, end))):
+            pass
+    return bad & again
 
 
 def _sampled(message: object) -> Sampled:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import rlsys.audit as audit_module
+from protocol.journal import Journal, Record, read_records
 from protocol.ledger import Ledger
+from rlsys.audit import read_books
 from rlsys.cli import main
 from tests.configuration import minimal, write
 from tests.disks import read_only
@@ -115,3 +122,30 @@ def test_an_older_run_without_a_newer_table_is_read(run: Path, capsys: pytest.Ca
     change(run, "DROP TABLE stages")
     assert main(["audit", str(run)]) == 1
     assert "2000 doubled" in capsys.readouterr().out
+
+
+def test_a_record_that_is_being_written_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a live run the last record may be half there; one that is still so when it is read again is damaged, as in a run that is over."""
+    journal = Journal(run / "journal")
+    journal.append([b"first"])
+    journal.append([b"second"])
+    journal.close()
+    path = run / "journal" / "000000.journal"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    assert read_books(run).damaged == 1
+
+    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.write(lock, str(os.getpid()).encode())
+        assert read_books(run).damaged == 1, "nobody finishes it"
+
+        def then_it_is_whole(*arguments: Any) -> Iterator[Record]:
+            yield from read_records(*arguments)
+            path.write_bytes(whole)
+
+        monkeypatch.setattr(audit_module, "read_records", then_it_is_whole)
+        assert read_books(run).damaged == 0
+    finally:
+        os.close(lock)

@@ -31,6 +31,8 @@ def run_of(simulated: dict[str, Any], seed: int, engine: str = "simulated") -> d
     simulated["seed"], simulated["iterations"] = seed, ITERATIONS
     simulated["sampling"] |= {"groups_per_iteration": GROUPS, "group_size": SIZE, "max_tokens": 4096}
     simulated["generators"] = {"count": FLEET, "slots": SLOTS, "engine": engine, "options": options}
+    simulated["rewarders"]["options"] = {"seconds": 0.001}
+    simulated["learner"]["step_options"] = {"tokens_per_s": 1e8}
     simulated["restarts"] = {**dict.fromkeys(ROLES, 10_000), "backoff_s": 0.05, "max_backoff_s": 0.2}
     return simulated
 

@@ -69,13 +69,13 @@ class Dashboard:
 
     def __init__(self, node: Node, config: RunConfig) -> None:
         self._node, self._config = node, config
-        self._observations = node.serve("observe")
+        self._fleets = Fleets()
+        self._observations = node.serve("observe", on_gone=self._fleets.left)
         run_dir = Path(node.spec.run_dir)
         self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._events_dir = run_dir / "events"
         self._events_dir.mkdir(exist_ok=True)
         self._tracks: dict[str, BoundedLines] = {}
-        self._fleets = Fleets()
         self._guards = Guards(config.guards)
         self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "rewards": []}
         self._rewards: deque[float] = deque(maxlen=200)

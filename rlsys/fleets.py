@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Mapping
 
 import numpy as np
 
 from protocol.intervals import WAITING, is_waiting
 from protocol.messages import Intervals
 
+TOTALS = frozenset(f"generator/{name}" for name in ("tokens", "samples", "mixed_samples", "swaps", "restarts", "pause_s")) | {
+    "rewarder/scored",
+    "rewarder/scoring_s",
+    "learner/tokens",
+    "process/cpu_s",
+}
+"""Gauges that only grow: what a process has done stays done when it has left. `verdict/...` are totals too."""
 RATE_WINDOW_S = 5.0
 """Counters arrive twice a second, so rates over shorter times would jump."""
 
@@ -28,6 +36,7 @@ class Fleets:
 
     def __init__(self) -> None:
         self._gauges: dict[str, dict[str, float]] = {}
+        self._left: set[str] = set()
         self._seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._history: deque[tuple[float, dict[str, float]]] = deque()
 
@@ -36,7 +45,12 @@ class Fleets:
         name = identity.partition("@")[0]
         for known in [k for k in self._gauges if k != identity and k.partition("@")[0] == name]:
             del self._gauges[known]
-        self._gauges.setdefault(identity, {}).update(values)
+        self._gauges.setdefault(identity, {}).update(_totals(values) if identity in self._left else values)
+
+    def left(self, identity: str) -> None:
+        """A process has gone: it holds nothing any more, and what it did stays counted. Its last words may still come."""
+        self._left.add(identity)
+        self._gauges[identity] = _totals(self._gauges.get(identity, {}))
 
     def intervals(self, message: Intervals) -> None:
         """Add busy and waiting time of one process; its main track counts."""
@@ -120,3 +134,7 @@ class Fleets:
     def queues(self) -> dict[str, float]:
         """How much waits where."""
         return {name: value for name, value in self.now().items() if name.startswith("queues/")}
+
+
+def _totals(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name in TOTALS or name.startswith("verdict/")}

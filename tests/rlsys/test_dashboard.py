@@ -105,3 +105,18 @@ def _scalars(board: EventAccumulator, tag: str) -> list[_Scalar]:
     from tensorboard.util.tensor_util import make_ndarray
 
     return [_Scalar(event.step, float(make_ndarray(event.tensor_proto))) for event in board.Tensors(tag)]
+
+
+def test_who_has_left_holds_nothing_and_what_it_did_stays_counted() -> None:
+    fleets = Fleets()
+    for index in (0, 1):
+        gauges = {"generator/tokens": 10.0, "generator/running": 4.0, "generator/capacity": 8.0, "process/rss_bytes": 1e6}
+        fleets.gauge(f"generator-{index}@1", gauges)
+    fleets.gauge("rewarder-1@1", {"rewarder/queued": 3.0, "rewarder/scored": 5.0, "verdict/accepted": 5.0})
+    fleets.left("generator-1@1")
+    fleets.left("rewarder-1@1")
+    fleets.gauge("generator-1@1", {"generator/tokens": 11.0, "generator/running": 1.0})  # its last words
+    now = fleets.now()
+    assert (now["engine/tokens_total"], now["queues/samples_running"], now["engine/capacity"]) == (21.0, 4.0, 8.0)
+    assert (now["sandbox/samples_total"], now["queues/completions_unscored"], now["verdict/accepted"]) == (5.0, 0.0, 5.0)
+    assert "memory/generator_1" not in now and now["memory/generator_0"] == 1e6

@@ -94,6 +94,23 @@ def test_one_to_three_generators_and_back_ten_times(simulated: dict[str, Any], s
 
 
 @pytest.mark.faults
+def test_an_actor_that_cannot_live_here_is_given_up_and_the_run_goes_on(
+    simulated: dict[str, Any],  # noqa: F811
+    start: Callable[..., Run],
+) -> None:
+    simulated["generators"]["engine"] = "tests.system.engines:OneDevice"
+    run = start(slowed(simulated, 400))
+    run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
+    done = command("scale", str(run.path), "generators=2", "--timeout", "60")
+    assert (done.returncode, "generators could not all live here" in done.stderr) == (1, True), done.stderr
+    assert run.status()["fleets"]["generators"] == {"count": 1, "wanted": 1, "leaving": 0, "joined": 0}
+    now = run.status()["iteration"]
+    run.until(lambda status: status.get("iteration", 0) > now, "an iteration without it")
+    ended(run)
+    assert re.search(r"generator-1 left, not in order: engine 1: there is one device here", run.out), run.out
+
+
+@pytest.mark.faults
 def test_the_learner_changes_its_size_at_a_commit(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config["iterations"] = 30
     config["rewarders"] = {"reward": "tests.system.rewards:SlowReward", "options": {"seconds": 0.05}}

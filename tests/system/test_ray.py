@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -109,14 +110,15 @@ def nodes_of(address: str) -> dict[str, Any]:
     """What runs on the cluster now: living actors, and what is free."""
     script = """
         import json, sys, ray
-        from ray.util.state import list_actors
+        from ray._private.state import actors
         ray.init(address=sys.argv[1], log_to_driver=False)
-        living = [a.node_id for a in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)]
+        living = [actor["Address"]["NodeID"] for actor in actors(actor_state_name="ALIVE").values()]
         print("\\n" + json.dumps({"actors": living, "free": ray.available_resources().get("CPU", 0), "cpus": ray.cluster_resources()["CPU"]}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), address], capture_output=True, text=True, timeout=120, check=True)
-    import json
-
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), address], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

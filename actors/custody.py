@@ -59,11 +59,18 @@ class Custody:
                 group.journaled.add(index)
 
     def claimed(self, generator: str, keys: Iterable[tuple[int, ...]]) -> None:
-        """A generator says Hello and that it holds these: what the issue log could not tell a restarted dispatcher."""
-        for group_id, index, *_ in keys:
-            group = self._groups.get(group_id)
-            if group is not None and index in group.generators:
-                group.generators[index] = generator
+        """A generator says Hello and that it holds these: what the issue log could not tell a restarted dispatcher.
+
+        What it was given and neither holds nor has delivered was on a connection that broke; whether a reward actor has it, an inventory tells.
+        """
+        held = {(group_id, index) for group_id, index, *_ in keys}
+        for group_id, group in self._groups.items():
+            for index, known in group.generators.items():
+                if (group_id, index) in held:
+                    group.generators[index] = generator
+                elif known == generator and index not in group.journaled:
+                    group.generators[index] = ""
+                    self.doubt()
 
     def ended(self, group_id: int) -> None:
         """The group has its terminal state."""

@@ -445,7 +445,7 @@ class DispatcherProcess:
             if message.role == "generator":
                 self._credits.add_peer(peer)
                 self._allotment.loaded(peer, message.loaded[0], time.monotonic())
-                self._custody.claimed(peer, message.holds.tolist())
+                self._custody.claimed(peer, message.holds.tolist())  # also when its connection broke: what was on the wire may be lost
             self._asked.discard(peer)
         elif isinstance(message, Credit):
             self._credits.granted(peer, message.total)

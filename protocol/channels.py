@@ -322,7 +322,26 @@ class Link(_Socket):
             self.socket.routing_id = identity.encode()
         transport.secure(self.socket, address, server=False)
         self.socket.ipv6 = "[" in address
+        self._monitor: zmq.Socket[bytes] | None = None
+        if address.startswith("tcp"):
+            self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            transport.opened.append(self._monitor)
         self.socket.connect(address)
+
+    def broke(self) -> bool:
+        """Whether the connection (tcp) has broken since the last call: it is made again by itself, but what was on the wire may be lost."""
+        found = False
+        while self._monitor is not None and not self._monitor.closed and int(self._monitor.get(zmq.EVENTS)) & _READABLE:
+            self._monitor.recv_multipart(_NOW)
+            found = True
+        return found
+
+    def close(self) -> None:
+        """Close at once; what was not sent is lost, which delivery allows for."""
+        if self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor = None
+        super().close()
 
     def receive(self) -> Iterator[m.Message]:
         """All messages that have arrived."""

@@ -111,6 +111,7 @@ class Node:
         self._published: dict[str, str] = {}
         self._peers: list[dict[str, Any]] = []
         self._next_beat_s = 0.0
+        self._register: Register | None = None
         self.observations_lost = 0
         self.closed = False
         self.join("observe")
@@ -153,7 +154,8 @@ class Node:
         """Register with the supervisor; Peers follow."""
         addresses = {channel: endpoint.address for channel, endpoint in self._served.items()} | self._published
         spec = self.spec
-        self._control.send(Register(role=spec.role, index=spec.index, identity=self.identity, pid=os.getpid(), addresses=addresses))
+        self._register = Register(role=spec.role, index=spec.index, identity=self.identity, pid=os.getpid(), addresses=addresses)
+        self._control.send(self._register)
         self.beat()
 
     def track(self, name: str, first: str = "starting") -> Recorder:
@@ -218,7 +220,8 @@ class Node:
         self.tell(Finished(identity=self.identity, error=error))
 
     def beat(self) -> None:
-        """Heartbeat, events, intervals and gauges."""
+        """Heartbeat, events, intervals and gauges; and a look at the connections."""
+        self._mend()
         self._next_beat_s = time.monotonic() + HEARTBEAT_S
         now = self.recorder.activity
         self._control.send(
@@ -283,19 +286,39 @@ class Node:
             binder = CHANNELS[channel].binder
             wanted = {p["identity"]: p["addresses"][channel] for p in message.peers if p["role"] == binder and channel in p["addresses"]}
             for identity in [known for known in links if known not in wanted]:
-                link = links.pop(identity)
-                if not link.spec.one_way:
-                    self._poller.remove(link)
-                link.close()
-                if channel in self._on_gone:
-                    self._on_gone[channel](identity)
+                self._part(channel, identity)
             for identity, address in wanted.items():
                 if identity not in links:
-                    link = links[identity] = Link(self.transport, channel, self.identity, address, identity)
-                    if not link.spec.one_way:
-                        self._poller.add(link)
-                    if channel in self._on_link:
-                        self._on_link[channel](link)
+                    self._connect(channel, identity, address)
+
+    def _part(self, channel: str, identity: str) -> None:
+        link = self._links[channel].pop(identity)
+        if not link.spec.one_way:
+            self._poller.remove(link)
+        link.close()
+        if channel in self._on_gone:
+            self._on_gone[channel](identity)
+
+    def _connect(self, channel: str, identity: str, address: str) -> None:
+        link = self._links[channel][identity] = Link(self.transport, channel, self.identity, address, identity)
+        if not link.spec.one_way:
+            self._poller.add(link)
+        if channel in self._on_link:
+            self._on_link[channel](link)
+
+    def _mend(self) -> None:
+        """After a connection broke with both ends alive, begin anew as after a death: what was on the wire may be lost, and a Hello tells the rest.
+
+        The supervisor hears Register again and answers with all that this process should know.
+        """
+        if self._control.broke() and self._register is not None:
+            self._control.send(self._register)
+        for channel, links in self._links.items():
+            for identity, link in list(links.items()):
+                if link.broke():
+                    log.warning("the connection to %s on channel %s broke; it is made anew", identity, channel)
+                    self._part(channel, identity)
+                    self._connect(channel, identity, link.address)
 
 
 def resident_bytes() -> int:

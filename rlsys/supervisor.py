@@ -346,6 +346,8 @@ class Supervisor:
         if isinstance(message, Register):
             process.registered = message
             self._introduce(control)
+            if process.leaving:  # told before, but on a connection that broke
+                control.send(peer, Leave(reason=process.leaving))
             if process.role == "learner" and self._wanted_ranks != self.config.learner.ranks:
                 control.send(peer, Leave(reason=self._ranks_why))
         elif isinstance(message, Heartbeat):

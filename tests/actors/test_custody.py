@@ -76,6 +76,18 @@ def test_a_restarted_dispatcher_learns_who_holds_what() -> None:
     assert (7, 2) not in custody.suspects, f"it is {PENDING} until it is given out"
 
 
+def test_what_a_broken_connection_lost_is_asked_for_and_issued_again() -> None:
+    custody = issued()
+    custody.journaled([(7, 0, 0)])
+    custody.claimed("generator-0@1", [(7, 1, 0)])
+    assert custody.due and custody.suspects == {(7, 2)}
+    number = custody.ask(["generator-0@1"])
+    custody.answer("generator-0@1", number, [(7, 1, 0)])
+    assert custody.settle() == {7: [2]}
+    custody.claimed("generator-0@1", [(7, 1, 0)])
+    assert not custody.due, "a Hello that changes nothing asks nothing"
+
+
 def test_what_was_journaled_before_its_group_was_known_counts() -> None:
     custody = Custody()
     custody.journaled([(7, 1, 0)])
@@ -109,6 +121,8 @@ class Ring(RuleBasedStateMachine):
         self.custody = Custody()
         self.news: list[tuple[int, int, int]] = []
         self.number = 0
+        self.broken: set[str] = set()
+        """Generators whose connection to the dispatcher broke with something on it; they have yet to say Hello again."""
         for name in ("generator-0", "generator-1"):
             self._start(name)
         for name in ("rewarder-0", "rewarder-1"):
@@ -125,8 +139,9 @@ class Ring(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------------------------------------- work
 
-    @rule(pick=st.integers(0, 1))
-    def issue(self, pick: int) -> None:
+    @rule(pick=st.integers(0, 1), on_the_wire=st.booleans())
+    def issue(self, pick: int, on_the_wire: bool = False) -> None:
+        """A task reaches its generator, or is on a connection that breaks."""
         generator = sorted(self.generators)[pick]
         if self.again:
             group, attempt, indices = self.again.pop(0)
@@ -135,7 +150,10 @@ class Ring(RuleBasedStateMachine):
             self.number += 1
         self.log.append((group, attempt, tuple(indices), generator))
         self.custody.issued(group, attempt, indices, generator)
-        self.generators[generator] |= {(group, i, attempt): "running" for i in indices}
+        if on_the_wire:
+            self.broken.add(generator)
+        else:
+            self.generators[generator] |= {(group, i, attempt): "running" for i in indices}
 
     @precondition(lambda self: any(self.generators.values()))
     @rule(data=st.data())
@@ -174,6 +192,25 @@ class Ring(RuleBasedStateMachine):
         for held in self.generators.values():
             if held.get(key) == rewarder:
                 del held[key]
+
+    # ---------------------------------------------------------------------------------------------- connections that break
+
+    @rule(pick=st.integers(0, 1))
+    def hello_again(self, pick: int) -> None:
+        """A generator's connection to the dispatcher was made anew."""
+        generator = sorted(self.generators)[pick]
+        self.broken.discard(generator)
+        self.custody.claimed(generator, self.generators[generator])
+
+    @precondition(lambda self: self.inboxes)
+    @rule(data=st.data())
+    def lose_a_completion(self, data: Any) -> None:
+        """It was on the connection to a reward actor when that broke: its generator sends what is unacknowledged again, to anybody."""
+        lost = data.draw(st.sampled_from(sorted(self.inboxes)))
+        self.inboxes.remove(lost)
+        for held in self.generators.values():
+            if held.get(lost[1]) == lost[0]:
+                held[lost[1]] = ""
 
     # ---------------------------------------------------------------------------------------------- deaths
 
@@ -248,6 +285,8 @@ class Ring(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """No more deaths: everything that was issued is on record in the end, once."""
+        for generator in self.broken & self.generators.keys():
+            self.hello_again(sorted(self.generators).index(generator))
         for _ in range(20):
             if self.custody.due:
                 self.custody.ask([*self.generators, *self.rewarders])

@@ -1,6 +1,8 @@
 """Real sockets: delivery, refusal, credits, and keys."""
 
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import zmq
 
+from protocol.addresses import split
 from protocol.channels import CHANNELS, Endpoint, Keys, Link, Transport
 from protocol.codec import encode
-from protocol.messages import Ack, Credit, Hello, Message
+from protocol.messages import Ack, Credit, Hello, Inventory, Message
 from tests.protocol.examples import equal, example
 
 RUN = 7
@@ -183,3 +186,77 @@ def test_one_call_takes_no_more_than_its_share(transport: Transport, monkeypatch
         sizes.append(len(list(server.receive())))
         assert time.monotonic() < deadline
     assert max(sizes) <= 10
+
+
+class Relay:
+    """A way to a tcp port that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._listener = port, socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._port))
+            self._open += [near, far]
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+
+    def cut(self) -> None:
+        """Every connection breaks; new ones are taken."""
+        for end in self._open:
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            end.close()
+        self._open.clear()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        self._thread.join(timeout=10)
+
+
+def test_a_connection_that_breaks_is_noticed_and_a_new_link_of_that_name_is_heard() -> None:
+    keys = Keys.make()
+    ours, theirs = Transport(RUN, None, "127.0.0.1", keys), Transport(RUN, None, "127.0.0.1", keys)
+    server = Endpoint(ours, "tasks", "tasks")
+    relay = Relay(split(server.address)[1])
+    try:
+        link = Link(theirs, "tasks", "generator-0@1", relay.address, "dispatcher-0@1")
+        link.send(hello("generator-0@1"))
+        assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
+        assert not link.broke()
+        relay.cut()
+        deadline = time.monotonic() + 20
+        while not link.broke():
+            assert time.monotonic() < deadline
+        link.close()
+        again = Link(theirs, "tasks", "generator-0@1", relay.address, "dispatcher-0@1")
+        again.send(hello("generator-0@1"))
+        assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
+        assert server.send("generator-0@1", Inventory(number=4))
+        deadline = time.monotonic() + 20
+        while not (got := list(again.receive())):
+            assert time.monotonic() < deadline
+        assert got == [Inventory(number=4)]
+    finally:
+        relay.close()
+        theirs.close()
+        ours.close()

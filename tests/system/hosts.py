@@ -27,6 +27,13 @@ class Hosts:
         """They reach each other again."""
         ip("-n", self.theirs, "link", "set", "wire", "up")
 
+    def sever(self) -> int:
+        """Every connection of the other host to ours breaks; new ones can be made. Says how many broke."""
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.theirs, "ss", "-K", "-H", "-t", "dst", self.address], capture_output=True, text=True, check=False
+        )
+        return len(done.stdout.splitlines())
+
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)

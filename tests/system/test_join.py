@@ -129,6 +129,35 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.mark.faults
+def test_connections_that_break_lose_nothing_and_nobody_is_replaced(
+    simulated: dict[str, Any],  # noqa: F811
+    start: Callable[..., Run],
+    join: Callable[..., Joiner],
+    hosts: Hosts,
+) -> None:
+    run = start(over_tcp(simulated, hosts.address), inside=hosts.ours)
+    run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
+    token = token_of(run, inside=hosts.ours)
+    fleet = [
+        join(token, "--role", "generator", "--count", "2", inside=hosts.theirs),
+        join(token, "--role", "rewarder", inside=hosts.theirs),
+    ]
+    run.until(there(run, "generator-1", "generator-2", "rewarder-1"), "work on the other host")
+    broken = 0
+    for _ in range(10):
+        broken += hosts.sever()
+        now = run.status()["iteration"]
+        run.until(lambda status, now=now: status.get("iteration", 0) >= now + 2, "two iterations after connections broke", 60)
+    assert broken >= 30, "there was nothing to break"
+    assert there(run, "generator-1", "generator-2", "rewarder-1")(run.status()), "nobody was given up"
+    assert all(joiner.process.poll() is None for joiner in fleet)
+    for joiner in fleet:
+        joiner.process.terminate()
+    assert [joiner.wait()[0] for joiner in fleet] == [0, 0], "they leave in order"
+    ended(run)
+
+
+@pytest.mark.faults
 def test_a_host_of_its_own_works_is_cut_off_for_20_s_and_dies(
     simulated: dict[str, Any],  # noqa: F811
     start: Callable[..., Run],

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from protocol.errors import ConfigError, UserError
-from protocol.registry import resolve
+from protocol.registry import check_name, resolve
 from rlsys.config import RunConfig, load_config
 from rlsys.launchers import LAUNCHERS, Launcher
 from rlsys.prepare import check_builtin, check_files, check_plugins, prepare, uses_builtin
@@ -77,8 +77,7 @@ def up(
 
 
 def _check_launcher(name: str, address: str) -> None:
-    if name not in LAUNCHERS:
-        raise ConfigError(f"--launcher {name}: not known; known are {', '.join(LAUNCHERS)}")
+    check_name(name, LAUNCHERS, "launcher")
     if name == "local" and address:
         _launch_with(name, address)  # says why not
 

@@ -136,7 +136,7 @@ class Host:
         """A host that joins takes the configuration of the run."""
         return config
 
-    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None) -> None:
+    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None, *, live: bool = False) -> None:
         """It asked for what it runs."""
 
     def release(self, role: str, index: int) -> None:

@@ -523,7 +523,7 @@ class Supervisor:
             staying = [index for index, p in of_role.items() if p.launcher is self._launcher and not p.leaving]
             coming += [(role, index) for index in newcomers(of_role, len(staying), count)]
             going.append((f"{fleet} are scaled to {count}", [of_role[index] for index in leavers(staying, count)]))
-        self._launcher.reserve(config, coming, self._door)  # refused here, nothing has changed
+        self._launcher.reserve(config, coming, self._door, live=True)  # refused here, nothing has changed
         self._take_config(config)
         for fleet, count in changed.items():
             self._book.resized(fleet, count, self._epoch, why)
@@ -591,7 +591,7 @@ class Supervisor:
             process.launcher.release("learner", process.child.spec.index)
         config = resized(self.config, {"learner": self._wanted_ranks})
         try:
-            self._launcher.reserve(config, [("learner", index) for index in range(self._wanted_ranks)], self._door)
+            self._launcher.reserve(config, [("learner", index) for index in range(self._wanted_ranks)], self._door, live=True)
         except ConfigError as error:
             log.warning("the learner group keeps its %d ranks: %s", len(group), error)
             self._wanted_ranks, config = len(group), self.config

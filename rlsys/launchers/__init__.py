@@ -75,8 +75,11 @@ class Launcher(Protocol):
         """The configuration as this launcher can run it; asked before anything else."""
         ...
 
-    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None) -> None:
-        """Find places for processes (role, index) that shall be started. Raises ConfigError when there are none: what lacks, what is free."""
+    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None, *, live: bool = False) -> None:
+        """Find places for processes (role, index) that shall be started. Raises ConfigError when there are none: what lacks, what is free.
+
+        `live`: the run goes on meanwhile, so that it must not take long.
+        """
         ...
 
     def release(self, role: str, index: int) -> None:

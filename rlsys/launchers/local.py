@@ -91,7 +91,7 @@ class LocalLauncher:
         """As it is."""
         return config
 
-    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None) -> None:
+    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None, *, live: bool = False) -> None:
         """There is no limit but the machine."""
 
     def release(self, role: str, index: int) -> None:

@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 RESERVE_S = 20.0
 """How long Ray may take to reserve places: seconds where they are free, and a cluster that grows by itself has begun to by then."""
+LIVE_S = 5.0
+"""The same while the run goes on: its supervisor waits for nothing longer."""
 CONNECT_S = 5.0
 """How long a head node may take to accept a connection."""
 END_S = 4.0
@@ -106,11 +107,11 @@ class RayLauncher:
         host = transport.host if transport.host != "127.0.0.1" else self._ray.util.get_node_ip_address()
         return config.model_copy(update={"transport": transport.model_copy(update={"kind": "tcp", "host": host})})
 
-    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None) -> None:
+    def reserve(self, config: RunConfig, fleet: Sequence[tuple[str, int]], door: Door | None, *, live: bool = False) -> None:
         """A placement group for each role's new places. Raises ConfigError when Ray finds no room: what is needed, what is free."""
         self._door = door or self._door
         self._needs = needs(config)
-        made = []
+        free, made = dict(self._ray.available_resources()), []  # before anything of it is reserved
         for role in STRATEGY:
             new = [index for r, index in fleet if r == role and (r, index) not in self._places]
             if new:
@@ -118,19 +119,15 @@ class RayLauncher:
                 if role == "learner" and 0 in new:
                     bundles[new.index(0)][f"node:{self._ray.util.get_node_ip_address()}"] = HERE
                 made.append((role, new, bundles, self._ray.util.placement_group(bundles, strategy=STRATEGY[role])))
-        deadline = time.monotonic() + RESERVE_S
-        missing = [(role, bundles) for role, _, bundles, group in made if not group.wait(max(0.1, deadline - time.monotonic()))]
-        if missing:
-            sentence = lacking(missing, self._free(), self._ray.cluster_resources(), len([n for n in self._ray.nodes() if n["Alive"]]))
-            for _, _, _, group in made:
+        deadline = time.monotonic() + (LIVE_S if live else RESERVE_S)
+        if not all(group.wait(max(0.1, deadline - time.monotonic())) for *_, group in made):
+            for *_, group in made:
                 self._ray.util.remove_placement_group(group)
-            raise ConfigError(sentence)
+            living = sum(bool(node["Alive"]) for node in self._ray.nodes())
+            raise ConfigError(lacking([(role, bundles) for role, _, bundles, _ in made], free, self._ray.cluster_resources(), living))
         for role, new, _, group in made:
             self._groups.append(group)
             self._places |= {(role, index): (group, place) for place, index in enumerate(new)}
-
-    def _free(self) -> Resources:
-        return dict(self._ray.available_resources())
 
     def release(self, role: str, index: int) -> None:
         """A process has left for good. Ray gives a placement group back as a whole, so its places are free once all of them are left."""
@@ -236,17 +233,16 @@ def in_words(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in named) or "nothing"
 
 
-def lacking(missing: Sequence[tuple[str, Sequence[Resources]]], free: Resources, total: Resources, nodes: int) -> str:
+def lacking(wanted: Sequence[tuple[str, Sequence[Resources]]], free: Resources, total: Resources, nodes: int) -> str:
     """Why there is no room: what which role needs, what of it is not there, what is free."""
-    wanted: Counter[str] = Counter()
-    for _, bundles in missing:
-        for bundle in bundles:
-            wanted.update({name: amount for name, amount in bundle.items() if not name.startswith("node:")})
-    each = "; ".join(f"{len(bundles)} {role}{'s' * (len(bundles) != 1)} of {in_words(bundles[0])}" for role, bundles in missing)
-    lacks = {name: amount - free.get(name, 0.0) for name, amount in wanted.items() if amount > free.get(name, 0.0)}
-    names = [*wanted]
-    left = in_words({name: free.get(name, 0.0) for name in names})
-    of = in_words({name: total.get(name, 0.0) for name in names})
+    needed: Resources = {}
+    for name, amount in ((name, amount) for _, bundles in wanted for bundle in bundles for name, amount in bundle.items()):
+        if not name.startswith("node:"):
+            needed[name] = needed.get(name, 0.0) + amount
+    lacks = {name: amount - free.get(name, 0.0) for name, amount in needed.items() if amount > free.get(name, 0.0)}
+    each = "; ".join(f"{len(bundles)} {role}{'s' * (len(bundles) != 1)} of {in_words(bundles[0])}" for role, bundles in wanted)
+    left = in_words({name: free.get(name, 0.0) for name in needed})
+    of = in_words({name: total.get(name, 0.0) for name in needed})
     what = (
         f"{in_words(lacks)} is missing"
         if lacks

@@ -281,7 +281,7 @@ def test_check_goes_on_after_a_fault_and_prints_the_rest(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["up", "CONFIG", "--launcher", "slurm"], "--launcher slurm: not known; known are local, ray"),
+        (["up", "CONFIG", "--launcher", "slurm"], "launcher 'slurm' is not known. Known: local, ray, or your own"),
         (["up", "CONFIG", "--address", "auto"], "--address auto: the local launcher starts children of its own"),
         (["scale", "EMPTY", "generators=2"], "holds no run"),
         (["scale", "EMPTY", "generators=two"], "'generators=two': expected FLEET=COUNT"),

@@ -173,6 +173,7 @@ class Door:
         self._server_key = keys.public.decode()
         self._secret, self._once = "", False
         self._old: set[str] = set()
+        self._refused, self._told_s = 0, float("-inf")
         self._expected: dict[str, Host] = {}
         self._hosts: dict[str, Host] = {}
         self.on_join: Callable[[Host], object] = lambda host: None
@@ -232,7 +233,10 @@ class Door:
         if known is None:
             reason = self._refusal(request)
             if reason:
-                log.warning("%s (%s) was not let in: %s", request.name, peer, reason)
+                self._refused += 1
+                if time.monotonic() - self._told_s > 1.0:  # who holds an old token could knock all day
+                    self._told_s = time.monotonic()
+                    log.warning("%s (%s) was not let in (%d refused so far): %s", request.name[:60], peer, self._refused, reason)
                 return Refused(reason=reason)
             known = self._expected.pop(request.secret, None) or Host(request.name, request.role, request.count)
             known.identity = peer

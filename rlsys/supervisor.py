@@ -616,7 +616,10 @@ class Supervisor:
             why = (
                 f"{waiting + taken - busy} completions waited" if wanted > count else f"{busy} of {count * rule.concurrency} places in use"
             )
-            self._scale(control, {"rewarders": wanted}, f"by itself: {why}")
+            try:
+                self._scale(control, {"rewarders": wanted}, f"by itself: {why}")
+            except ConfigError as error:  # no room for more: as many as there are go on
+                log.warning("reward actors stay at %d: %s", count, error)
 
     # ------------------------------------------------------------------------------------------------ showing
 

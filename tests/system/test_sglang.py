@@ -270,6 +270,14 @@ def moves_on(run: Run, iterations: int = 2) -> None:
     run.until(lambda status: status.get("iteration", 0) >= before + iterations, "movement", 2 * START_S)
 
 
+def next_scheduler(run: Run, generator: int, before: int) -> int:
+    """The scheduler of the server that came after the one of `before`, once samples of it are trained."""
+    run.until(lambda status: scheduler_of(generator) not in (0, before), "a new scheduler", START_S)
+    run.until(lambda status: doing(status, "generator-0") not in ("", "start server", "waiting:engine"), "a server that samples", START_S)
+    moves_on(run, 3)
+    return scheduler_of(generator)
+
+
 def newest(versions: Path) -> Path:
     return max((path for path in versions.rglob("v*") if (path / "manifest.json").exists()), key=lambda path: int(path.name[1:]))
 
@@ -282,7 +290,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     gate.touch()
     config["generators"] = {"engine": "sglang", "slots": 16, "options": {"start_s": START_S, "stream_interval": 8}}
     config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(gate)}, "concurrency": 8}
-    config["iterations"] = 80
+    config["iterations"] = 120
     config["sampling"] = {"groups_per_iteration": 2, "group_size": 4, "max_tokens": 24}
     config["evaluation"] = {"at_start": False, "at_end": False}
     config["weights"] = {"directory": str(versions)}
@@ -297,13 +305,13 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     generator = run.until(lambda status: run.pids().get("generator-0"), "a generator", START_S)
     moves_on(run)
     processes = set(descendants(generator))
-    os.kill(scheduler_of(generator), signal.SIGKILL)
+    killed = scheduler_of(generator)
+    os.kill(killed, signal.SIGKILL)
     told = run.until(lambda status: events(run, "engine restarted"), "word of the lost server", REPORTED_S)
     assert "its scheduler process" in told[0]["fault"] or "exit code" in told[0]["fault"], told
-    moves_on(run)
+    scheduler = next_scheduler(run, generator, killed)
 
     processes |= set(descendants(generator))
-    scheduler = scheduler_of(generator)
     os.kill(scheduler, signal.SIGSTOP)
     blame = find_wait(run, lambda found: [b for b in found.guilty if b.kind == "server"], "blame of the server", REPORTED_S)[0]
     assert blame.name == "generator-0"
@@ -313,7 +321,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     find_wait(
         run, lambda found: "starting its SGLang server" in found.sentence and "is stopped" in found.sentence, "the second start in words"
     )
-    moves_on(run)
+    next_scheduler(run, generator, scheduler)
 
     processes |= set(descendants(generator))
     gate.unlink()
@@ -332,7 +340,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     assert refused and "differs from its manifest" in refused[0]["error"], refused
 
     assert run.wait(3 * START_S, restarts=True) == 0, run.err
-    assert run.exit_record["outcome"] == "done" and run.exit_record["iterations_done"] == 80
+    assert run.exit_record["outcome"] == "done" and run.exit_record["iterations_done"] == 120
     assert "generator-0 lost its server and starts it again (1 so far)" in run.out
     assert "differs from its manifest" in json.dumps(run.exit_record["restarts"])
     audit = subprocess.run(

@@ -10,7 +10,6 @@ It waits for: completions (generators), credit (learner). It wakes: the learner,
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -25,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.rewards import Reward, Sample, Score
+from actors.rewards.answers import sound
 from actors.text import Text
 from protocol.channels import Link
 from protocol.credits import Incoming, Outgoing
-from protocol.errors import DataError, InfrastructureFault, RunEnded
+from protocol.errors import DataError, InfrastructureFault, RunEnded, UserError
 from protocol.intervals import Recorder, phase, record_here
-from protocol.messages import Ack, Completion, Credit, Hello, Holdings, Inventory, Trajectory, key_of
+from protocol.messages import NOT_FINITE, Ack, Completion, Credit, Hello, Holdings, Inventory, Trajectory, key_of
 from protocol.node import Node
 
 log = logging.getLogger("rlsys.rewarder")
@@ -55,9 +55,20 @@ class Scorers:
     """Threads that score. `put` takes work, `results` holds what is done, `wake` is called after each."""
 
     def __init__(
-        self, reward: Reward, text: Text, threads: int, retries: int, wake: Callable[[], None], track: Callable[[str, str], Recorder]
+        self,
+        reward: Reward,
+        text: Text,
+        threads: int,
+        retries: int,
+        wake: Callable[[], None],
+        track: Callable[[str, str], Recorder],
+        *,
+        name: str = "reward",
+        max_not_finite: int = 20,
     ) -> None:
-        self._reward, self._text, self._retries = reward, text, retries
+        """`name` is the reward's, for messages; `max_not_finite` samples in a row without a finite score end the actor with a UserError."""
+        self._reward, self._text, self._retries, self._name = reward, text, retries, name
+        self._max_not_finite, self._not_finite = max_not_finite, 0
         self._wake = wake
         self._work: queue.SimpleQueue[tuple[str, Completion] | None] = queue.SimpleQueue()
         self.results: deque[_Scored] = deque()
@@ -106,27 +117,42 @@ class Scorers:
         sample = Sample(problem=problem, completion=text, truncated=completion.finish_reason != "stop")
         for attempt in range(self._retries + 1):
             try:
-                score = self._reward.score(sample)
-                if score.value is not None and not math.isfinite(score.value):
-                    raise ValueError(
-                        f"sample {completion.group_id}/{completion.index}: the reward gave {score.value}, expected a finite score or None"
-                    )
-                return score
+                score = sound(self._reward.score(sample), self._name)
+                break
             except InfrastructureFault as fault:
                 log.warning("sample %d/%d, try %d of %d: %s", completion.group_id, completion.index, attempt + 1, self._retries + 1, fault)
                 reason = str(fault)
             except DataError as error:
                 log.warning("sample %d/%d cannot be judged: %s", completion.group_id, completion.index, error)
                 return Score(value=None, status="bad_problem", detail=str(error))
-        return Score(value=None, status="failed", detail=reason)
+        else:
+            return Score(value=None, status="failed", detail=reason)
+        self._count(completion, score)
+        return score
+
+    def _count(self, completion: Completion, score: Score) -> None:
+        """Samples in a row without a finite score. Threads may miss one another's count by one; a reward that is broken is found all the same."""
+        if score.status != NOT_FINITE or score.value is not None:
+            self._not_finite = 0
+            return
+        self._not_finite += 1
+        where = f"sample {completion.group_id}/{completion.index}"
+        log.warning("%s: %s: it is left without a score", where, score.detail)
+        if self._not_finite >= self._max_not_finite:
+            raise UserError(
+                f"reward {self._name!r} gave no finite score for {self._not_finite} samples in a row (the last is {where}: {score.detail}); "
+                f"rewarders.max_not_finite is {self._max_not_finite}"
+            )
 
 
 class Rewarder:
     """The loop of one reward actor."""
 
-    def __init__(self, node: Node, reward: Reward, text: Text, *, reward_name: str, concurrency: int, retries: int) -> None:
+    def __init__(
+        self, node: Node, reward: Reward, text: Text, *, reward_name: str, concurrency: int, retries: int, max_not_finite: int = 20
+    ) -> None:
         self._node, self._reward, self._reward_name = node, reward, reward_name
-        self._scorers = Scorers(reward, text, concurrency, retries, node.wake, node.track)
+        self._scorers = Scorers(reward, text, concurrency, retries, node.wake, node.track, name=reward_name, max_not_finite=max_not_finite)
         self._completions = node.serve("completions", on_gone=self._generator_gone)
         self._dispatchers = node.join("tasks", on_link=self._say_hello)
         self._learners = node.join("trajectories", on_link=self._greet, on_gone=self._learner_gone)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from actors.engines import ENGINES
 from actors.rewards import REWARDS
 from protocol.errors import UnknownName
 from protocol.registry import check_name
+from protocol.settings import Settings
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 
@@ -23,12 +24,6 @@ def _known(name: str, table: Mapping[str, str], what: str) -> None:
         check_name(name, table, what)
     except UnknownName as error:
         raise ValueError(str(error)) from None
-
-
-class Settings(BaseModel):
-    """Unknown keys are refused; values are not changed after the check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(Settings):
@@ -99,6 +94,9 @@ class RewarderSettings(Settings):
     scale_after_s: float = Field(10.0, gt=0, description="how long too much must wait before one is added; three times as long for removal")
     concurrency: Positive = Field(1, description="samples that one reward actor scores at once")
     retries: int = Field(2, ge=0, description="how often a sample is scored again after a fault of our own machinery")
+    max_not_finite: Positive = Field(
+        20, description="samples in a row whose reward is NaN or infinite that end the run; fewer are left without a score, and counted"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own options")
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Scores of one iteration to advantages. All tokens of a completion get the same advantage.
 
-An advantage function takes the scores [N] and the group id of each sample [N] and returns advantages [N]; its options are its
-keyword-only arguments. Samples of a group need not stand together. Scores arrive finite.
+An advantage function takes the scores [N] and the group id of each sample [N] and returns advantages [N]; one with a third argument
+`passed_N` is also told which samples are right [N]. Its options are its keyword-only arguments. Samples of a group need not stand together.
+Scores arrive finite, and with the penalty for length in them if there is one.
 `tests/contracts/test_advantages.py` tests every entry.
 """
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from learner.options import bind
+from protocol.errors import ConfigError
 
 ADVANTAGES = {
     "grpo": "learner.advantages:grpo",
@@ -28,6 +30,7 @@ ADVANTAGES = {
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 DRAWN = 4
 """k of pass@k, if not given."""
@@ -37,17 +40,37 @@ STD_FLOOR = 1e-4
 
 
 def advantages(
-    name: str, options: Mapping[str, Any], scores_N: Sequence[float] | FloatArray, group_ids_N: Sequence[int] | IntArray
+    name: str,
+    options: Mapping[str, Any],
+    scores_N: Sequence[float] | FloatArray,
+    group_ids_N: Sequence[int] | IntArray,
+    passed_N: Sequence[bool] | BoolArray,
 ) -> FloatArray:
-    """Advantages [N] by the function called `name`. A score that is not finite gets NaN and is no part of any statistics."""
-    scores, groups = np.asarray(scores_N, np.float64), np.asarray(group_ids_N, np.int64)
-    if scores.shape != groups.shape or scores.ndim != 1:
-        raise ValueError(f"advantages: scores {scores.shape} and group ids {groups.shape} must be two vectors of one length")
+    """Advantages [N] by the function called `name`. A score that is not finite gets NaN and is no part of any statistics.
+
+    Raises ConfigError for a function of a user's own that fails or returns anything but a number for each sample.
+    """
+    scores, groups, passed = np.asarray(scores_N, np.float64), np.asarray(group_ids_N, np.int64), np.asarray(passed_N, np.bool_)
+    if not scores.shape == groups.shape == passed.shape or scores.ndim != 1:
+        raise ValueError(
+            f"advantages: scores {scores.shape}, group ids {groups.shape} and passed {passed.shape} must be three vectors of one length"
+        )
     finite = np.isfinite(scores)
     result = np.full(scores.shape, np.nan)
     if finite.any():
-        result[finite] = bind(name, ADVANTAGES, options, "advantage")(scores[finite], groups[finite])
+        found = bind(name, ADVANTAGES, options, "advantage")(scores[finite], groups[finite], passed[finite])
+        result[finite] = _one_each(found, int(finite.sum()), name)
     return result
+
+
+def _one_each(found: Any, wanted: int, name: str) -> FloatArray:
+    try:
+        values = np.asarray(found, np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"advantage {name!r} returned a {type(found).__name__}, expected {wanted} numbers, one for each sample") from None
+    if values.shape != (wanted,):
+        raise ConfigError(f"advantage {name!r} returned values of shape {values.shape}, expected ({wanted},): one for each sample")
+    return values
 
 
 def grpo(scores_N: FloatArray, group_ids_N: IntArray, *, divide_by_std: bool = True) -> FloatArray:
@@ -93,18 +116,17 @@ def reinforce_pp_baseline(scores_N: FloatArray, group_ids_N: IntArray) -> FloatA
     return _normalised(_centred(scores_N, _places(group_ids_N)))
 
 
-def pass_at_k(
-    scores_N: FloatArray, group_ids_N: IntArray, *, k: Annotated[int, Field(ge=1)] = DRAWN, solved_from: float = 1.0
-) -> FloatArray:
+def pass_at_k(scores_N: FloatArray, group_ids_N: IntArray, passed_N: BoolArray, *, k: Annotated[int, Field(ge=1)] = DRAWN) -> FloatArray:
     """The advantage of a sample when the reward is whether one of k samples, drawn from the group without putting back, is right.
 
-    With n samples, n_wrong of them below `solved_from`, and P = 1 - C(n_wrong, k) / C(n, k), s = sqrt(P (1 - P)):
+    With n samples, n_wrong of them not passed, and P = 1 - C(n_wrong, k) / C(n, k), s = sqrt(P (1 - P)):
     right (1 - P) / s, wrong (1 - P - C(n_wrong - 1, k - 1) / C(n - 1, k - 1)) / s; all 0 where s is 0.
-    A group of which fewer than k samples were scored counts as pass@n; a k above `sampling.group_size` is refused before a run.
+    Scores are not read, so no penalty makes a right answer wrong. A group of which fewer than k samples were scored counts as pass@n; a k
+    above `sampling.group_size` is refused before a run.
     Source: Pass@k Training (Chen et al. 2025), eq. 14 and 15; k = 1 is GRPO with the deviation of a population (n).
     """
     group_N = _places(group_ids_N)
-    right_N = scores_N >= solved_from
+    right_N = passed_N
     result = np.zeros_like(scores_N)
     for group in range(group_N.max() + 1):
         members = group_N == group

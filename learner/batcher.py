@@ -19,7 +19,7 @@ from learner.packing import TrainSample
 from learner.settings import LearnerSettings
 from learner.shaping import shaped_score
 from protocol.errors import StalenessViolation
-from protocol.messages import GroupOutcome, TerminalState, Trajectory, token_versions
+from protocol.messages import NOT_FINITE, GroupOutcome, TerminalState, Trajectory, token_versions
 
 
 @dataclass(slots=True)
@@ -263,7 +263,7 @@ class Batcher:
             return state, f"has tokens of v{stale}, iteration {iteration} takes v{iteration - self.rule.max_staleness} and newer"
         if len(scored) < self._min_samples:
             return "failed", f"{len(scored)} of {group.size} samples have a score, at least {self._min_samples} are needed"
-        if self._settings.zero_variance != "keep" and len({self._score(t) for t in scored}) == 1:
+        if self._settings.zero_variance != "keep" and len({self._signal(t) for t in scored}) == 1:
             return "filtered", "zero variance"
         if not any(self._mask(t, iteration).any() for t in scored):
             if stale is not None and any(self._mask(t, None).any() for t in scored):
@@ -297,7 +297,13 @@ class Batcher:
         if not trajectories:
             return []
         scores = [self._score(t) for t in trajectories]
-        values = advantages(self._settings.advantage, self._settings.advantage_options, scores, [t.group_id for t in trajectories])
+        values = advantages(
+            self._settings.advantage,
+            self._settings.advantage_options,
+            scores,
+            [t.group_id for t in trajectories],
+            [t.passed for t in trajectories],
+        )
         return [
             TrainSample(
                 group_id=t.group_id,
@@ -315,6 +321,16 @@ class Batcher:
 
     def _score(self, trajectory: Trajectory) -> float:
         """What advantages are made of: the score of a scored trajectory, weighted and shaped as the settings say."""
+        return self._shaped(trajectory, self._settings.overlong_penalty_tokens)
+
+    def _signal(self, trajectory: Trajectory) -> float:
+        """What a group must not agree on. Without the penalty for length: lengths that differ say nothing about the problem.
+
+        DAPO, eq. 11, filters by correctness; so does what reads nothing else, and a graded score is compared as it is.
+        """
+        return float(trajectory.passed) if self._settings.advantage == "pass_at_k" else self._shaped(trajectory, None)
+
+    def _shaped(self, trajectory: Trajectory, penalty_tokens: int | None) -> float:
         if trajectory.score is None:
             raise ValueError(f"sample {trajectory.group_id}/{trajectory.index} has no score")
         return shaped_score(
@@ -323,7 +339,7 @@ class Batcher:
             len(trajectory.token_ids),
             max_tokens=trajectory.max_tokens,
             weights=self._settings.reward_weights,
-            penalty_tokens=self._settings.overlong_penalty_tokens,
+            penalty_tokens=penalty_tokens,
         )
 
 
@@ -392,6 +408,7 @@ def describe(groups: Sequence[Group], outcomes: Sequence[GroupOutcome], iteratio
         "reward/std": float(scores.std()) if len(scores) else float("nan"),
         "reward/pass_rate": float(np.mean([t.passed for t in members])),
         "reward/samples_failed": float(len(members) - len(scores)),
+        "reward/samples_not_finite": float(sum(t.status == NOT_FINITE for t in members)),
         "data/completion_tokens_mean": float(lengths.mean()),
         "data/completion_tokens_max": float(lengths.max()),
         "data/truncated_share": float(np.mean([t.finish_reason == "length" for t in members])),

@@ -18,6 +18,7 @@ from typing import Literal
 
 from learner.checkpoint import Snapshot, snapshot, write
 from learner.checkpoint_files import directory_name, keep, remove
+from learner.settings import CheckpointSettings
 from learner.steps import TrainStep
 from protocol.errors import UserError
 from protocol.ledger import Checkpoint, Ledger
@@ -34,8 +35,9 @@ FAILURES = 3
 class CommitPolicy:
     """When the next commit is due. Pure: the caller tells the time."""
 
-    def __init__(self, every: int | Literal["auto"]) -> None:
-        self._every = every
+    def __init__(self, every: int | Literal["auto"], keep_every: int | None = None) -> None:
+        """`keep_every`: checkpoints of these iterations stay for good, so they are written whatever `every` says."""
+        self._every, self._keep_every = every, keep_every
         self._last_number, self._last_s = 0, float("-inf")
         self.cost_s = 0.0
         """Of the last commit: what the trainer stood still for, and what the writer computed."""
@@ -44,11 +46,15 @@ class CommitPolicy:
         """Whether version `number` shall be committed. The last one always is, unless commits are off."""
         if self._every == 0:
             return False
-        if last:
+        if last or self.stays(number):
             return True
         if self._every == "auto":
             return now_s - self._last_s >= self.cost_s / SHARE
         return number - self._last_number >= self._every
+
+    def stays(self, number: int) -> bool:
+        """Whether a checkpoint of this version is never removed."""
+        return self._keep_every is not None and number > 0 and number % self._keep_every == 0
 
     def taken(self, number: int, now_s: float) -> None:
         """A commit of `number` has begun."""
@@ -73,11 +79,11 @@ class Committer:
         directory: Path,
         policy: CommitPolicy,
         *,
-        keep_last: int = 2,
+        checkpoints: CheckpointSettings,
         ledger: Ledger | None = None,
         on_commit: Callable[[Pending, int], object] = lambda pending, oldest: None,
     ) -> None:
-        self._directory, self._keep, self._ledger, self._on_commit = directory, keep_last, ledger, on_commit
+        self._directory, self._keep, self._ledger, self._on_commit = directory, checkpoints, ledger, on_commit
         self.policy = policy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -95,9 +101,8 @@ class Committer:
     def due(self, number: int, *, last: bool) -> bool:
         """Whether to commit after the iteration that makes version `number`. Raises what went wrong in the background."""
         self._raise()
-        return (last and self.policy.due(number, time.monotonic(), last=True)) or (
-            not self.busy and self.policy.due(number, time.monotonic(), last=False)
-        )
+        waits = last or self.policy.stays(number)  # for the checkpoint that is being written; any other is left out then
+        return (waits or not self.busy) and self.policy.due(number, time.monotonic(), last=last)
 
     def begin(self, step: TrainStep, number: int, pending: Pending | None) -> None:
         """Take the state and write it in the background. A collective call; `pending` on rank 0."""
@@ -147,7 +152,7 @@ class Committer:
     def _prune(self, ledger: Ledger) -> int:
         """Remove old checkpoints, rows first. Returns the oldest journal segment that those that stay need."""
         rows = {checkpoint.number: checkpoint for checkpoint in ledger.checkpoints()}
-        stay = keep(list(rows), self._keep, None)
+        stay = keep(list(rows), self._keep.keep_last, self._keep.keep_every)
         ledger.forget_checkpoints(set(rows) - stay)
         for number in sorted(set(rows) - stay):
             path = self._directory / directory_name(number)

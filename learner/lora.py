@@ -115,10 +115,7 @@ def adapter_config(settings: LoraSettings, base_model: str) -> dict[str, Any]:
 
 def describe(settings: LoraSettings | None) -> str:
     """One line, for comparing a checkpoint with a run."""
-    if settings is None:
-        return "none"
-    targets = settings.target_modules if isinstance(settings.target_modules, str) else ", ".join(settings.target_modules)
-    return f"rank {settings.rank}, alpha {settings.alpha:g} on {targets}"
+    return "none" if settings is None else settings.in_words()
 
 
 def _layers(network: nn.Module) -> dict[str, Any]:

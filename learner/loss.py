@@ -7,6 +7,7 @@ loss = sum over tokens of  weight * (correction * objective + kl * KL(policy || 
 # ruff: noqa: N815 (shapes stand in names)
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from learner.options import bind
 from learner.packing import MicroBatch, TrainSample
 from learner.regularisers import kl_estimate
 from learner.settings import LearnerSettings
+from protocol.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,7 @@ class Loss:
         """Raises ValueError for an objective or an option that is not known."""
         self._settings = settings
         self._objective = bind(settings.objective, OBJECTIVES, settings.objective_options, "objective")
+        self._own = settings.objective not in OBJECTIVES
 
     @property
     def entropy_gradient(self) -> bool:
@@ -67,8 +70,11 @@ class Loss:
         return self._settings.kl.coefficient > 0
 
     def uses(self, sample: TrainSample) -> bool:
-        """Whether the sample can have a gradient at all; if not, it need not go through the model."""
-        always = self.entropy_gradient or self.has_reference
+        """Whether the sample can have a gradient at all; if not, it need not go through the model.
+
+        Every objective of the table gives none where the advantage is 0; what one of a user's own does there is not known.
+        """
+        always = self._own or self.entropy_gradient or self.has_reference
         return bool(sample.num_trainable) and (sample.advantage != 0 or always or (sample.positive and self._settings.sft_coefficient > 0))
 
     def __call__(self, batch: MicroBatch, inputs: Inputs, *, corrected: bool, entropy_coefficient: float) -> MicroLoss:
@@ -88,7 +94,7 @@ class Loss:
             sample_T=sample_T,
             num_samples=len(batch.samples),
         )
-        objective: TokenLoss = self._objective(tokens)
+        objective: TokenLoss = self._checked(self._objective(tokens), policy_T) if self._own else self._objective(tokens)
         loss_T, bounded_T, free_T, reference_kl_T = objective.loss_T, None, None, None
         if corrected:
             bounded_T, free_T = correction_weights(inputs.proximal_T, behaviour_T, sample_T, len(batch.samples), self._settings.correction)
@@ -110,3 +116,18 @@ class Loss:
             corrected_T=None if bounded_T is None or free_T is None else bounded_T != free_T,
             reference_kl_T=None if reference_kl_T is None else reference_kl_T.detach(),
         )
+
+    def _checked(self, found: object, policy_T: Tensor) -> TokenLoss:
+        """What an objective of a user's own returned. Raises ConfigError that names it for anything but a loss for each token."""
+        name, tokens = self._settings.objective, len(policy_T)
+        if not isinstance(found, TokenLoss):
+            raise ConfigError(f"objective {name!r} returned a {type(found).__name__}, expected a learner.objectives.TokenLoss")
+        for what, value in (("loss_T", found.loss_T), ("clipped_T", found.clipped_T)):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if shape != (tokens,):
+                raise ConfigError(f"objective {name!r} returned {what} of {shape}, expected a tensor ({tokens},): one value for each token")
+        if policy_T.requires_grad and not found.loss_T.requires_grad:
+            raise ConfigError(
+                f"objective {name!r} returned a loss_T without a gradient: it must be computed from tokens.policy_T, not detached"
+            )
+        return dataclasses.replace(found, clipped_T=found.clipped_T.bool())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from learner.optimizers import OPTIMIZERS, Build, Trained
+from learner.options import guarded, num_positional
 from learner.settings import OptimizerSettings, ScheduleSettings
-from protocol.errors import DataError
+from protocol.errors import ConfigError, DataError
 from protocol.registry import resolve
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.int64)}
@@ -51,7 +53,7 @@ class Updater:
         if on_host:
             self._twins = {one.parameter: _host_copy(one.parameter) for one in trained}
             trained = [Trained(one.name, self._twins[one.parameter], one.embedding) for one in trained]
-        self._parts = build(trained, settings)
+        self._parts = build(trained, settings) if settings.name in OPTIMIZERS else _own(build, trained, settings)
         self._shares = [[group["lr"] / settings.lr for group in part.param_groups] for part in self._parts]
         self._owner = {parameter: part for part in self._parts for group in part.param_groups for parameter in group["params"]}
 
@@ -126,6 +128,28 @@ class Updater:
         if name not in self._names:
             raise DataError(f"optimizer state {key!r} belongs to no parameter of this model")
         return self._names[name]
+
+
+def _own(build: Any, trained: Sequence[Trained], settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """The optimizers of a user's own function. Raises ConfigError that names it unless they hold every trained parameter once."""
+    name = settings.name
+    try:
+        num_positional(build, name, "optimizer")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    found = guarded(build, name, "optimizer")(trained, settings)
+    if not isinstance(found, list | tuple) or not all(isinstance(part, torch.optim.Optimizer) for part in found):
+        raise ConfigError(f"optimizer {name!r} returned a {type(found).__name__}, expected a list of torch.optim.Optimizer")
+    held = Counter(id(parameter) for part in found for group in part.param_groups for parameter in group["params"])
+    wrong = [one.name for one in trained if held[id(one.parameter)] != 1]
+    if wrong or len(held) != len(trained):
+        many = (
+            f"{wrong[0]} {held[id({one.name: one.parameter for one in trained}[wrong[0]])]} times"
+            if wrong
+            else "tensors that are not trained"
+        )
+        raise ConfigError(f"optimizer {name!r} holds {many}, expected every trained parameter once and nothing else")
+    return list(found)
 
 
 def _host_copy(parameter: nn.Parameter) -> nn.Parameter:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from learner.advantages import ADVANTAGES
 from learner.objectives import OBJECTIVES
@@ -13,11 +14,10 @@ from learner.options import keyword_options
 from learner.steps import STEPS
 from protocol.errors import UnknownName
 from protocol.registry import check_name
+from protocol.settings import Settings
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+class _Settings(Settings):
     def _refuse_idle(self, condition: str, *keys: str) -> None:
         """Raise ValueError when one of the keys was changed although it means nothing under `condition`."""
         for key in keys:
@@ -101,7 +101,7 @@ class CorrectionSettings(_Settings):
 
     @model_validator(mode="after")
     def _floor_below_cap(self) -> CorrectionSettings:
-        if self.floor >= self.cap:
+        if self.mode == "mask" and self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} must be below cap {self.cap}: mask keeps the weights between them")
         if self.mode == "off":
             self._refuse_idle("mode is off", "level", "cap", "floor", "auto_drift")
@@ -119,7 +119,10 @@ class KLSettings(_Settings):
     """A penalty for leaving a reference policy. Off by default, as in GRPO+ and DAPO: no second model is held."""
 
     coefficient: float = Field(default=0.0, ge=0, description="Weight of the penalty; above 0 a frozen reference model is held in memory.")
-    estimator: KLEstimator = Field(default="k3", description="How it is estimated from one token; see learner/regularisers.py.")
+    estimator: KLEstimator = Field(
+        default="k3",
+        description="How it is estimated from one token: k2 has the divergence's gradient, k3's is near; k1's is 0 on average: noise.",
+    )
     reference: str | None = Field(
         default=None, description="Directory of the reference model; the model that training starts from if not given."
     )
@@ -143,6 +146,10 @@ class EntropySettings(_Settings):
     def _used(self) -> EntropySettings:
         if not self.adaptive:
             self._refuse_idle("adaptive is off, so the coefficient stays", "target", "delta")
+        elif self.target == 0:
+            raise ValueError(
+                "target is 0 and adaptive on: no entropy lies below 0, so the bonus would never be raised; give the entropy to hold"
+            )
         return self
 
 
@@ -150,7 +157,9 @@ class CheckpointSettings(_Settings):
     """Which checkpoints stay on disk."""
 
     keep_last: int = Field(default=2, ge=1, description="The newest so many stay.")
-    keep_every: int | None = Field(default=None, ge=1, description="Those of every so many iterations stay for good; none if not given.")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="Those of every so many iterations are written in any case and stay for good; none if not given."
+    )
 
 
 class LoraSettings(_Settings):
@@ -161,6 +170,20 @@ class LoraSettings(_Settings):
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="Names of linear layers, such as [q_proj, v_proj]; all-linear: every one but the head."
     )
+
+    def in_words(self) -> str:
+        """One line, which checkpoints carry; `from_words` reads it."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else ", ".join(self.target_modules)
+        return f"rank {self.rank}, alpha {self.alpha:g} on {targets}"
+
+    @classmethod
+    def from_words(cls, words: str) -> LoraSettings | None:
+        """The inverse of `in_words`; None for anything else."""
+        found = re.fullmatch(r"rank (\d+), alpha (\S+) on (.+)", words)
+        if found is None:
+            return None
+        targets = found[3] if found[3] == "all-linear" else found[3].split(", ")
+        return cls.model_validate({"rank": int(found[1]), "alpha": float(found[2]), "target_modules": targets})
 
 
 Sharding = Literal["auto", "none", "full"]
@@ -184,11 +207,10 @@ class LearnerSettings(_Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more work."
     )
-    commit_every: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] = Field(
+    commit_every: int | Literal["auto"] = Field(
         default="auto",
         description="Iterations from one commit to the next; auto: as often as costs at most 2 % of the time; 0: never (a restart begins anew).",
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="The newest checkpoints that stay.")
     collective_timeout_s: float = Field(default=3600.0, gt=0, description="Longest wait of one rank for another.")
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Which checkpoints stay on disk.")
 
@@ -256,8 +278,20 @@ class LearnerSettings(_Settings):
             )
         if (self.aggregation == "constant_length") != (self.aggregation_length is not None):
             raise ValueError("aggregation_length is the divisor of aggregation 'constant_length': give both or neither")
-        if self.objective == "decoupled" and self.correction.mode in ("truncate", "mask"):
-            raise ValueError("objective 'decoupled' carries its own weight between sampler and trainer: set correction.mode to off or auto")
+        if self.objective == "decoupled":
+            if self.correction.mode in ("truncate", "mask"):
+                raise ValueError("objective 'decoupled' carries its own weight between sampler and trainer: leave correction.mode out")
+            self.correction._refuse_idle("objective 'decoupled' carries its own weight", "level", "cap", "auto_drift")
+        if self.objective == "likelihood" and self.updates_per_batch > 1:
+            raise ValueError(
+                f"updates_per_batch is {self.updates_per_batch} but objective 'likelihood' takes samples as if the present policy had written "
+                "them, which is true of the first update on a batch alone: choose another objective, or 1"
+            )
+        if self.advantage == "pass_at_k":
+            for key in ("overlong_penalty_tokens", "reward_weights"):
+                self._refuse_idle("advantage 'pass_at_k' reads whether samples passed, not their scores", key)
+        if self.checkpoints.keep_every is not None and self.commit_every == 0:
+            raise ValueError(f"checkpoints.keep_every is {self.checkpoints.keep_every} but commit_every is 0: no checkpoint is written")
         try:
             check_name(self.advantage, ADVANTAGES, "advantage")
             check_name(self.objective, OBJECTIVES, "objective")
@@ -267,3 +301,23 @@ class LearnerSettings(_Settings):
         keyword_options(self.advantage, ADVANTAGES, self.advantage_options, "advantage")
         keyword_options(self.objective, OBJECTIVES, self.objective_options, "objective")
         return self
+
+    def check_group(self) -> None:
+        """Raise ValueError for what cannot work on the device or the ranks that a run is started with."""
+        name = self.optimizer.name
+        if self.sharding == "full" and self.ranks == 1:
+            raise ValueError("sharding is full but ranks is 1: there is nothing to cut it over; leave sharding at auto")
+        if name in OPTIMIZERS and name.startswith("paged_") and self.device == "cpu":
+            raise ValueError(f"optimizer.name is {name}, which pages GPU memory, but device is cpu: take adamw or adamw_8bit")
+        if name in OPTIMIZERS and name.endswith("_8bit") and self.sharding == "full":
+            raise ValueError(
+                f"optimizer.name is {name}, whose blocks are of whole tensors, but sharding is full: take adamw, whose state sharding makes "
+                "smaller, or sharding none"
+            )
+
+    @field_validator("commit_every")
+    @classmethod
+    def _commits(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("expected a number of iterations, 0 for never, or auto")
+        return value

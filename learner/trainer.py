@@ -100,8 +100,8 @@ class Leader:
         self._intake = Intake(node, assembler, batcher, self._journal, self._ledger)
         self._committer = Committer(
             job.run_dir / CHECKPOINTS,
-            CommitPolicy(job.settings.commit_every),
-            keep_last=job.settings.keep_checkpoints,
+            CommitPolicy(job.settings.commit_every, job.settings.checkpoints.keep_every),
+            checkpoints=job.settings.checkpoints,
             ledger=self._ledger,
             on_commit=self._committed,
         )
@@ -367,7 +367,7 @@ def follow(node: Node, job: LearnerJob) -> None:
     path = group.broadcast_bytes(None).decode()
     if path:
         load(Path(path), step, verified=True)
-    committer = Committer(job.run_dir / CHECKPOINTS, CommitPolicy(settings.commit_every))
+    committer = Committer(job.run_dir / CHECKPOINTS, CommitPolicy(settings.commit_every), checkpoints=settings.checkpoints)
     dtype = DTYPES[job.publish_dtype]
     iteration, last, commit = 0, True, False
     while True:

@@ -25,6 +25,8 @@ BoolArray = Annotated[npt.NDArray[np.bool_], "b1"]
 
 Purpose = Literal["train", "eval"]
 FinishReason = Literal["stop", "length", "abort"]
+NOT_FINITE = "not_finite"
+"""Status of a sample whose reward was NaN or infinite: its score is missing."""
 TerminalState = Literal["trained", "evaluated", "filtered", "rejected", "dropped", "superseded", "failed", "skipped", "unfinished"]
 
 

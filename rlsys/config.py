@@ -24,12 +24,12 @@ from actors.settings import (
     RewarderSettings,
     SamplingSettings,
     ScheduleSettings,
-    Settings,
     StageSettings,
 )
 from learner.advantages import DRAWN
 from learner.settings import LearnerSettings
 from protocol.errors import ConfigError
+from protocol.settings import Settings
 from rlsys.guards import GuardSettings
 from rlsys.restarts import RestartSettings
 
@@ -141,11 +141,21 @@ class RunConfig(Settings):
                 f"learner.ranks is {self.learner.ranks} but an iteration has only {sampling.groups_per_iteration} groups "
                 "(sampling.groups_per_iteration), so some ranks would have nothing to train on"
             )
+        try:
+            self.learner.check_group()
+        except ValueError as error:
+            raise ValueError(f"learner.{error}") from None
         self._check_schedule()
         self._check_stages()
         for key, tokens in self.token_limits().items():
             if context is not None and tokens >= context:
                 raise ValueError(f"{key} is {tokens}, which leaves no room for a prompt in model.max_context {context}")
+        penalised = self.learner.overlong_penalty_tokens
+        for key, tokens in self.token_limits().items():
+            if penalised is not None and penalised > tokens:
+                raise ValueError(
+                    f"learner.overlong_penalty_tokens is {penalised}, more than {key} ({tokens}): the score would fall with the first token"
+                )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike, so nothing can be learned from them")
         if sampling.group_size < 2 and self.learner.advantage == "grpo":
@@ -259,10 +269,22 @@ def read_content(path: Path, overrides: Sequence[str], expected: str) -> dict[st
 def parse_config(content: Mapping[str, Any], source: str, base: Path | None = None) -> RunConfig:
     """A checked configuration from plain data. Relative paths count from `base`."""
     try:
-        config = RunConfig.model_validate(absolute(content, base) if base else content)
+        return RunConfig.model_validate(with_paths(content, source, base))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {explain(fault, RunConfig)}" for fault in error.errors())) from None
-    return config
+        sft = SFT_HINT if any(fault["type"] == "extra_forbidden" and fault["loc"][0] in SFT_KEYS for fault in error.errors()) else ""
+        raise ConfigError("\n".join(f"{source}: {explain(fault, RunConfig)}" for fault in error.errors()) + sft) from None
+
+
+SFT_KEYS = ("epochs", "steps", "samples_per_step", "checkpoint_every")
+SFT_HINT = "\nThese are keys of a fine-tuning: rlsys sft FILE --check looks one over."
+
+
+def with_paths(content: Mapping[str, Any], source: str, base: Path | None) -> Mapping[str, Any]:
+    """`absolute`, if relative paths count from anywhere; an error names the file."""
+    try:
+        return absolute(content, base) if base else content
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -331,7 +353,7 @@ def _absolute_path(value: str, base: Path, where: str) -> str:
 def explain(fault: Any, model: type[BaseModel], prefix: str = "") -> str:
     """One pydantic fault as a sentence with the key's full path, and the nearest known key for an unknown one."""
     start = [prefix] if prefix else []
-    where = ".".join([*start, *map(str, fault["loc"])])
+    where = ".".join([*start, *_keys(fault["loc"])])
     if fault["type"] == "extra_forbidden":
         known = _known_keys(model, fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
@@ -349,6 +371,11 @@ def explain(fault: Any, model: type[BaseModel], prefix: str = "") -> str:
         difflib.get_close_matches(str(fault["input"]), re.findall(r"'([^']+)'", message), n=1) if fault["type"] == "literal_error" else []
     )
     return f"{where} is {fault['input']!r}: {message[:1].lower()}{message[1:]}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _keys(loc: Sequence[Any]) -> list[str]:
+    """The parts of a place that are keys; pydantic adds the branch of a union, such as `constrained-int`."""
+    return [str(part) for part in loc if isinstance(part, int) or str(part).isidentifier()]
 
 
 def _known_keys(model: Any, loc: Sequence[Any]) -> list[str]:

@@ -93,7 +93,7 @@ def find(source: Path, iteration: int | None) -> Source:
     """
     if not source.is_dir():
         raise DataError(f"{source}: no such directory; expected a run, a checkpoint or a model")
-    if (source / MANIFEST).is_file() and source.name.isdigit():
+    if _is_checkpoint(source):
         return _of_run(source.resolve().parent.parent, verify(source))
     if (source / CHECKPOINTS).is_dir() and complete(source / CHECKPOINTS):
         return _of_run(source, _choose(source / CHECKPOINTS, iteration))
@@ -106,6 +106,17 @@ def find(source: Path, iteration: int | None) -> Source:
     raise DataError(
         f"{source}: neither a run with {CHECKPOINTS}/ or final_model/, nor a checkpoint ({MANIFEST}), nor a model (config.json)"
     )
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    """By its content, so that a copy may have any name. A damaged one under its own name is one too: `verify` says what is wrong with it."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        return directory.name.isdigit() or "files" in json.loads(path.read_bytes())
+    except ValueError:
+        return False
 
 
 def _choose(directory: Path, iteration: int | None) -> Checkpoint:
@@ -123,8 +134,8 @@ def _choose(directory: Path, iteration: int | None) -> Checkpoint:
 def _of_run(run: Path, checkpoint: Checkpoint) -> Source:
     """What the run's resolved configuration says: the model it started from, adapters, the published dtype."""
     path = run / "config.yaml"
-    if not path.is_file():
-        return Source(checkpoint, checkpoint.path, None, None, "float32")
+    if not path.is_file() or checkpoint.path.parent.name != CHECKPOINTS:
+        return Source(checkpoint, checkpoint.path, None, LoraSettings.from_words(checkpoint.about.get("adapters", "")), "float32")
     content: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     model = (content.get("model") or {}).get("path")
     lora = (content.get("learner") or {}).get("lora")

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from actors.rewards import REWARDS, Reward, Sample, Score
+from actors.rewards.answers import sound
 from protocol.errors import ConfigError, DataError, InfrastructureFault
 from protocol.registry import resolve
 
@@ -136,7 +137,7 @@ def grade(
 def _score(scorer: Reward, problem: Mapping[str, Any], submission: Submission) -> Score:
     for _ in range(RETRIES + 1):
         try:
-            return scorer.score(Sample(problem=problem, completion=submission.text, truncated=False))
+            return sound(scorer.score(Sample(problem=problem, completion=submission.text, truncated=False)), type(scorer).__name__)
         except InfrastructureFault as fault:
             reason = str(fault)
         except DataError as error:

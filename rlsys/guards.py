@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from actors.settings import Settings
+from protocol.settings import Settings
 
 WINDOW = 5
 """Iterations that are averaged, so that one odd batch is no alarm."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +18,9 @@ from actors.dataset import Problem, read_problems
 from actors.engines import ENGINE_CHECKS, ENGINE_OPTIONS
 from actors.rewards import REWARDS
 from actors.text import Text, context_length, stop_token_ids
+from learner.optimizers import OPTIMIZERS
+from learner.options import num_positional
+from learner.settings import LoraSettings
 from learner.steps import STEP_OPTIONS, STEPS
 from protocol.errors import ConfigError, DataError
 from protocol.registry import resolve
@@ -71,6 +77,8 @@ def check_plugins(config: RunConfig) -> list[str]:
     """
     settings = config.rewarders
     reward = resolve(settings.reward, REWARDS, "reward")
+    check_reward(reward, settings.reward)
+    check_optimizer(config.learner.optimizer.name)
     options = getattr(sys.modules.get(getattr(reward, "__module__", "")), "Options", None)
     if isinstance(options, type) and issubclass(options, BaseModel):
         check_options(options, settings.options, "rewarders.options")
@@ -94,6 +102,35 @@ def _missing(config: RunConfig) -> list[str]:
     options = resolve("options", {"options": ENGINE_OPTIONS[generators.engine]}, "options").model_validate(generators.options)
     found: list[str] = resolve("check", {"check": ENGINE_CHECKS[generators.engine]}, "check")(options, generators.device, generators.count)
     return [f"generators: {text}" for text in found]
+
+
+def check_reward(reward: Any, name: str) -> None:
+    """Raise ConfigError for what is no reward: a class of (options) with `score(sample)` and `close()`. Builds nothing."""
+    if not callable(reward):
+        raise ConfigError(f"rewarders.reward {name!r} is a {type(reward).__name__}, expected a class of (options) with score and close")
+    if not isinstance(reward, type):  # a function that makes one: what it makes is seen when it is first used
+        return
+    for method, takes in (("__init__", "options"), ("score", "sample"), ("close", "")):
+        found = getattr(reward, method, None)
+        if not callable(found):
+            raise ConfigError(f"rewarders.reward {name!r} has no method {method}({takes})")
+        try:
+            inspect.signature(found).bind(*[None] * (1 + bool(takes)))
+        except TypeError:
+            raise ConfigError(
+                f"rewarders.reward {name!r}: {method}{inspect.signature(found)} cannot be called as {method}({takes})"
+            ) from None
+        except ValueError:  # written in C: nothing is known about it
+            continue
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError for an optimizer of one's own that cannot be imported or called; those of the table are not imported."""
+    if name not in OPTIMIZERS:
+        try:
+            num_positional(resolve(name, OPTIMIZERS, "optimizer"), name, "optimizer")
+        except ValueError as error:
+            raise ConfigError(f"learner.optimizer.name: {error}") from None
 
 
 def _check_speeds(config: RunConfig) -> None:
@@ -128,8 +165,12 @@ def check_files(config: RunConfig) -> None:
     for stage in config.stages:
         if stage.train is not None and not _built_in(stage.train):
             read_problems(stage.train)
+    reference = config.learner.kl.reference
+    if reference is not None and config.learner.kl.coefficient > 0 and not Path(reference).is_dir():
+        raise DataError(f"learner.kl.reference is {reference}: no such directory; expected a Hugging Face model directory")
     if not _built_in(config.model.path):
         _check_model(config, train)
+        check_adapters(config.learner.lora, config.model.path)
 
 
 def _built_in(path: Path) -> bool:
@@ -151,11 +192,27 @@ def _check_model(config: RunConfig, train: list[Problem]) -> None:
     text = Text(model)
     if config.sampling.stop_token_ids is None:
         stop_token_ids(model)
-    reference = config.learner.kl.reference
-    if reference is not None and config.learner.kl.coefficient > 0 and not Path(reference).is_dir():
-        raise DataError(f"learner.kl.reference is {reference}: no such directory; expected a Hugging Face model directory")
     if train:
         _check_prompts(config, text, train, limit)
+
+
+def check_adapters(lora: LoraSettings | None, model: Path) -> None:
+    """Raise ConfigError when a name of learner.lora.target_modules is no matrix of the model. Reads the headers of its weights alone."""
+    if lora is None or lora.target_modules == "all-linear":
+        return
+    matrices: set[str] = set()
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        matrices |= {
+            name.removesuffix(".weight") for name, entry in header.items() if name.endswith(".weight") and len(entry.get("shape", ())) == 2
+        }
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in matrices):
+            kinds = sorted({name.rpartition(".")[2] for name in matrices})
+            near = difflib.get_close_matches(target, kinds, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(kinds)}"
+            raise ConfigError(f"learner.lora.target_modules: the model in {model} has no matrix {target}; {hint}")
 
 
 def _check_prompts(config: RunConfig, text: Text, problems: list[Problem], limit: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from actors.settings import Settings
+from protocol.settings import Settings
 
 Limit = Annotated[int, Field(ge=0, strict=True)]
 

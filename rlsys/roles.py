@@ -134,6 +134,7 @@ def _rewarder(node: Node, config: RunConfig) -> None:
             reward_name=settings.reward,
             concurrency=settings.concurrency,
             retries=settings.retries,
+            max_not_finite=settings.max_not_finite,
         ).run()
     finally:
         reward.close()

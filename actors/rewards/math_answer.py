@@ -22,22 +22,21 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from actors.rewards import Sample, Score
 from actors.rewards.math_text import are_other_integers, final_answer, has_think_block, is_words, key, readings, tidy
 from actors.rewards.math_workers import MathWorkers
 from actors.rewards.options import parse_options
 from protocol.errors import DataError
+from protocol.settings import Settings
 
 _MIB = 1 << 20
 _LONGEST_REFERENCE = 20_000
 
 
-class Options(BaseModel):
+class Options(Settings):
     """Options of `math_answer` in the configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     scale: Literal["zero_one", "plus_minus_one"] = "zero_one"
     """A wrong answer is worth 0 or -1, a right one 1."""

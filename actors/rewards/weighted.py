@@ -2,11 +2,12 @@
 
 The value is sum(weight * value) over the parts. A part that fails for a reason of ours is missing and not 0: by default the
 sample is scored again as a whole, and `missing: renormalise` takes the weighted mean of the parts that are known instead, at the scale
-of all weights.
+of all weights. A part that is NaN or infinite is missing too: the sample has no score then, unless the others are renormalised.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class Weighted:
                 continue
             if score.value is None:
                 faults[name] = f"{score.status} {score.detail}".strip()
+            elif self._options.missing == "renormalise" and not math.isfinite(score.value):
+                faults[name] = f"its value is {score.value}"
             else:
                 scores[name] = score
         if faults and (self._options.missing == "fail" or not scores):

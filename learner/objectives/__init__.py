@@ -29,7 +29,8 @@ OBJECTIVES = {
 """Name in the configuration -> function."""
 
 LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are cut here before exp, as in verl: exp(20) is far outside every clip bound, and its product with an advantage is finite."""
+"""Log-ratios are cut here before exp: exp(20) is far outside every clip bound, and its product with an advantage is finite. Gradients go on
+beyond it, so that what an objective promises for every token holds for those too (verl's clamp gives them none)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,13 @@ class TokenLoss:
 
 
 def ratio(policy_T: Tensor, anchor_T: Tensor) -> Tensor:
-    """policy / anchor from their log-probs, the log-ratio cut at LOG_RATIO_LIMIT."""
-    return (policy_T - anchor_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    """policy / anchor from their log-probs, the log-ratio cut at LOG_RATIO_LIMIT; d ratio / d policy_T is the ratio everywhere."""
+    return cut(policy_T - anchor_T).exp()
+
+
+def cut(log_ratio: Tensor) -> Tensor:
+    """A log-ratio with its value bounded by LOG_RATIO_LIMIT and its gradient as it is."""
+    return log_ratio + (log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - log_ratio).detach()
 
 
 def sample_sums(values_T: Tensor, sample_T: Tensor, num_samples: int) -> Tensor:

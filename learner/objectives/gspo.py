@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from learner.objectives import LOG_RATIO_LIMIT, TokenLoss, Tokens, sample_sums
+from learner.objectives import TokenLoss, Tokens, cut, sample_sums
 from learner.objectives.clipped import clipped_surrogate
 
 
@@ -22,6 +22,6 @@ def gspo(
     """
     count_S = sample_sums(tokens.policy_T.new_ones(tokens.policy_T.shape), tokens.sample_T, tokens.num_samples)
     total_S = sample_sums(tokens.policy_T - tokens.anchor_T, tokens.sample_T, tokens.num_samples)
-    ratio_S = (total_S / count_S.clamp(min=1)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio_S = cut(total_S / count_S.clamp(min=1)).exp()
     surrogate_T, bounded_T = clipped_surrogate(ratio_S[tokens.sample_T], tokens.advantages_T, clip_low=clip_low, clip_high=clip_high)
     return TokenLoss(loss_T=-surrogate_T, clipped_T=bounded_T)

@@ -11,9 +11,10 @@ from pydantic import Field, ValidationError, model_validator
 from actors.engines.lengths import LengthOptions
 from actors.engines.simulated_options import Options as EngineFigures
 from actors.rewards.simulated import Options as RewardFigures
-from actors.settings import Positive, Settings
+from actors.settings import Positive
 from learner.simulated_options import Options as StepFigures
 from protocol.errors import ConfigError
+from protocol.settings import Settings
 from rlsys.config import RunConfig, explain
 
 

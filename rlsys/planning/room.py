@@ -91,11 +91,12 @@ def needed(config: RunConfig, size: ModelSize | None, mean_tokens: float, prompt
         kept = ACTIVATIONS / 2 * WIDTH[learner.dtype] if not learner.gradient_checkpointing else 2.0 * WIDTH[learner.dtype]
         longest = max(learner.tokens_per_microbatch, min(context, sampling.max_tokens + round(prompt_tokens)))
         step = parameters * STATE_BYTES + longest * size.layers * size.hidden * kept
+    kept = learner.checkpoints.keep_last + (config.iterations // learner.checkpoints.keep_every if learner.checkpoints.keep_every else 0)
     samples = config.iterations * sampling.groups_per_iteration * sampling.group_size
     return Room(
         generator=engine,
         learner=step,
         weights=3.0 * parameters * WIDTH[config.weights.dtype],
         journal=samples * (SAMPLE_BYTES + TOKEN_BYTES * mean_tokens + 4 * prompt_tokens),
-        checkpoints=float((learner.checkpoints.keep_last + 1) * parameters * CHECKPOINT_BYTES),
+        checkpoints=float((kept + 1) * parameters * CHECKPOINT_BYTES),
     )

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from protocol.errors import ConfigError, DataError, DeadlineExceeded
 from rlsys.config import BUILTIN
-from rlsys.prepare import QUICKSTART
+from rlsys.prepare import QUICKSTART, check_adapters, check_optimizer
 from rlsys.rundir import write_atomically
 from rlsys.sft.config import SftConfig, dump_sft_config, load_sft_config
 
@@ -81,6 +81,8 @@ def check_files(config: SftConfig) -> None:
     model = config.model.path
     if not model.is_dir() or not any(model.glob("*.safetensors")):
         raise DataError(f"model.path is {model}: expected a Hugging Face directory with *.safetensors weights")
+    check_optimizer(config.learner.optimizer.name)
+    check_adapters(config.learner.lora, model)
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not path.exists():
             raise DataError(f"{key} is {path}: no such file or directory")

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from actors.settings import Positive, Settings
-from learner.settings import LearnerSettings
+from actors.settings import Positive
+from learner.settings import CheckpointSettings, LearnerSettings
 from protocol.errors import ConfigError
-from rlsys.config import ModelSettings, absolute, explain, read_content
+from protocol.settings import Settings
+from rlsys.config import ModelSettings, explain, read_content, with_paths
 
 REINFORCEMENT_ONLY = (
     "advantage", "advantage_options", "objective", "objective_options", "correction", "kl", "entropy", "sft_coefficient",
@@ -66,6 +67,21 @@ class SftConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the saved model")
     learner: LearnerSettings = Field(default_factory=LearnerSettings, description="the step: ranks, memory, optimizer, schedule, layout")
 
+    def writes_checkpoint(self, step: int) -> bool:
+        """Whether one is written after `step` steps: every `checkpoint_every`, and those that stay for good."""
+        stays = self.learner.checkpoints.keep_every
+        return bool(self.checkpoint_every) and (step % self.checkpoint_every == 0 or (stays is not None and step % stays == 0))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SftConfig:
+        try:
+            self.learner.check_group()
+        except ValueError as error:
+            raise ValueError(f"learner.{error}") from None
+        if not self.checkpoint_every and self.learner.checkpoints != CheckpointSettings():
+            raise ValueError("learner.checkpoints says which stay, but checkpoint_every is 0: none is written")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _as_likelihood(cls, content: Any) -> Any:
@@ -75,6 +91,8 @@ class SftConfig(Settings):
         wrong = [key for key in REINFORCEMENT_ONLY if key in given]
         if wrong:
             raise ValueError(f"learner.{wrong[0]} belongs to reinforcement: sft learns the completions as they stand, so leave it out")
+        if given.get("commit_every", "auto") != "auto":
+            raise ValueError("learner.commit_every is of runs: for sft, checkpoint_every says after how many steps a checkpoint is written")
         for key, defaults in DEFAULTS.items():
             section = given.get(key)
             given[key] = {**defaults, **(section or {})} if section is None or isinstance(section, dict) else section
@@ -90,7 +108,7 @@ def load_sft_config(path: Path, overrides: Sequence[str] = ()) -> SftConfig:
 def parse_sft_config(content: Mapping[str, Any], source: str, base: Path | None = None) -> SftConfig:
     """A checked configuration from plain data. Relative paths count from `base`."""
     try:
-        return SftConfig.model_validate(absolute(content, base) if base else content)
+        return SftConfig.model_validate(with_paths(content, source, base))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {explain(fault, SftConfig)}" for fault in error.errors())) from None
 

@@ -64,10 +64,11 @@ def fine_tune(config: SftConfig, material: Material, out: Path, group: Group, re
         report(n, {f"train/{name}": values.get(name, math.nan) for name in NAMES} | {"train/tokens_per_s": values["num_tokens"] / seconds})
         if material.held_out and (n == total or (config.eval_every and n % config.eval_every == 0)):
             report(n, {"eval/loss": held_out_loss(step, material.held_out)})
-        if config.checkpoint_every and n % config.checkpoint_every == 0 and n < total:
+        if config.writes_checkpoint(n) and n < total:
             checkpoint.write(checkpoint.snapshot(step, n), saved)
             if group.rank == 0:
-                prune(saved, keep_last=2)
+                kept = config.learner.checkpoints
+                prune(saved, keep_last=kept.keep_last, keep_every=kept.keep_every)
     dtype = {"float32": "float32", "bfloat16": "bfloat16"}[config.dtype]
     _export(config, step, out / "final_model", dtype)
     return total

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -13,9 +15,10 @@ import pytest
 
 from actors.rewarder import QUEUED_PER_THREAD, Rewarder
 from actors.rewards import Sample, Score
+from actors.rewards.answers import sound
 from actors.text import Text
-from protocol.errors import DataError, InfrastructureFault
-from protocol.messages import Ack, Completion, Credit, Finished, Hello, Message, Register, Trajectory, key_of, pack_spans
+from protocol.errors import ConfigError, DataError, InfrastructureFault, UserError
+from protocol.messages import Ack, Completion, Credit, Finished, Heartbeat, Hello, Message, Register, Trajectory, key_of, pack_spans
 from rlsys.config import dump_config, parse_config
 from rlsys.launchers.local import Child
 from tests.configuration import minimal
@@ -69,12 +72,14 @@ def hello(identity: str) -> Hello:
 class Scene:
     """A reward actor with one generator and, once `learner` is called, a learner."""
 
-    def __init__(self, ring: Ring, tmp_path: Path, *, concurrency: int = 1, retries: int = 2) -> None:
+    def __init__(self, ring: Ring, tmp_path: Path, *, concurrency: int = 1, retries: int = 2, max_not_finite: int = 20) -> None:
         self.ring, self.reward = ring, WordReward()
         text = Text(tokenizer_directory(tmp_path / "model"))
         self.role: Running = ring.run(
             "rewarder",
-            lambda node: Rewarder(node, self.reward, text, reward_name="words", concurrency=concurrency, retries=retries).run(),
+            lambda node: Rewarder(
+                node, self.reward, text, reward_name="words", concurrency=concurrency, retries=retries, max_not_finite=max_not_finite
+            ).run(),
         )
         self.generator = self.join("generator-0@1")
 
@@ -227,13 +232,47 @@ def test_several_threads_score_side_by_side(ring: Ring, tmp_path: Path) -> None:
     assert [t.index for t in scene.trajectories(learner, 2)] == [1, 0]
 
 
-def test_a_score_that_is_no_number_ends_the_actor(ring: Ring, tmp_path: Path) -> None:
+def test_a_score_that_is_no_number_is_missing_named_and_counted(ring: Ring, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene(ring, tmp_path)
-    scene.role.expected = ValueError
-    scene.generator.tell(completion("w8"))
+    learner = scene.learner(10)
+    with caplog.at_level(logging.WARNING):
+        scene.generator.tell(completion("w8", index=3))
+        scene.generator.tell(completion("w1", index=1))
+        broken, right = scene.trajectories(learner, 2)
+    assert (broken.score, broken.passed, broken.status, broken.parts) == (None, False, "not_finite", {}), "missing, never a 0"
+    assert (right.score, right.passed) == (1.0, True)
+    assert "sample 7/3: the value of its score is nan: it is left without a score" in caplog.text
+    beats = ring.control.of(Heartbeat)
+    ring.until(lambda: any(b.gauges.get("verdict/not_finite") == 1 for b in ring.control.of(Heartbeat)), f"it is counted {beats[-1:]}")
+
+
+def test_a_reward_that_gives_no_number_again_and_again_ends_the_run(ring: Ring, tmp_path: Path) -> None:
+    scene = Scene(ring, tmp_path, max_not_finite=3)
+    scene.role.expected = UserError
+    scene.learner(10)
+    for index, word in enumerate(("w8", "w8", "w1", "w8", "w8", "w8")):  # w1 between them: the count begins anew
+        scene.generator.tell(completion(word, index=index))
     ring.until(lambda: scene.role.error is not None, "the actor ends")
-    with pytest.raises(ValueError, match="sample 7/0: the reward gave nan"):
+    with pytest.raises(UserError, match=r"reward 'words' gave no finite score for 3 samples in a row \(the last is sample 7/5: .* is nan"):
         raise scene.role.error or AssertionError
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0.5, r"reward 'words': score\(\) returned a float, expected a Score"),
+        (Score(value="1", status="ok"), "reward 'words': the value of its Score is a str, expected a number"),  # type: ignore[arg-type]
+        (Score(value=1.0, status="ok", parts={"a": None}), "the part 'a' of its Score is a NoneType"),  # type: ignore[dict-item]
+    ],
+)
+def test_what_is_no_score_is_named(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sound(given, "words")
+
+
+def test_a_part_that_is_not_finite_leaves_the_sample_without_a_score() -> None:
+    found = sound(Score(value=1.0, status="accepted", passed=True, parts={"a": 1.0, "b": float("inf")}), "words")
+    assert (found.value, found.passed, found.status, found.detail) == (None, False, "not_finite", "the part 'b' of its score is inf")
 
 
 def test_a_bug_of_a_reward_ends_the_process_with_its_traceback(ring: Ring, tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise
 from statistics import fmean, pstdev, stdev
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import ADVANTAGES, STD_FLOOR, advantages
+from learner import advantages as module
+from learner.advantages import ADVANTAGES, STD_FLOOR, FloatArray
 
 Groups = dict[int, list[float]]
 
@@ -61,6 +63,11 @@ GROUPS = {
 }
 
 
+def advantages(name: str, options: dict[str, Any], scores: list[float], ids: list[int]) -> FloatArray:
+    """With every sample of a full score passed."""
+    return module.advantages(name, options, scores, ids, [score >= 1 for score in scores])
+
+
 def flat(groups: Groups) -> tuple[list[float], list[int], list[tuple[int, int]]]:
     """Scores and group ids with the groups interleaved, and the place of each in its group."""
     places = [(group, i) for i in range(max(map(len, groups.values()))) for group in groups if i < len(groups[group])]
@@ -108,9 +115,17 @@ def test_pass_at_k_equals_every_draw_listed(k: int) -> None:
     assert advantages("pass_at_k", {"k": k}, scores, ids) == pytest.approx([pass_at_k(GROUPS, g, i, k) for g, i in places], abs=1e-12)
 
 
+def test_pass_at_k_goes_by_what_passed_whatever_became_of_its_score() -> None:
+    """Two right of four, one of them with a penalty for length: both get the same, and the wrong ones the negative."""
+    right = [True, True, False, False]
+    assert module.advantages("pass_at_k", {"k": 2}, [1.0, 0.9, 0.0, -0.5], [0] * 4, right).tolist() == pytest.approx(
+        advantages("pass_at_k", {"k": 2}, [1.0, 1.0, 0.0, 0.0], [0] * 4).tolist()
+    )
+
+
 def test_options_and_shapes_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"divide_by_sdt.*It takes: divide_by_std"):
+    with pytest.raises(ValueError, match=r"divide_by_sdt is none of them; did you mean divide_by_std"):
         advantages("grpo", {"divide_by_sdt": True}, [1.0], [0])
-    with pytest.raises(ValueError, match=r"scores \(2,\) and group ids \(1,\)"):
+    with pytest.raises(ValueError, match=r"scores \(2,\), group ids \(1,\) and passed \(2,\)"):
         advantages("grpo", {}, [1.0, 2.0], [0])
     assert advantages("grpo", {}, [], []).shape == (0,)

@@ -196,6 +196,22 @@ def test_extreme_log_ratios_stay_finite(name: str) -> None:
     assert objective(name)(far).loss_T.isfinite().all() and gradient(name, far).isfinite().all()
 
 
+@pytest.mark.parametrize(("name", "advantage", "log_ratio", "slope"), [
+    ("gppo", -1.0, -25.0, 0.8),
+    ("gppo", 1.0, 25.0, -1.28),
+    ("clipped", -1.0, 25.0, math.exp(20)),
+    ("clipped", 1.0, -25.0, -math.exp(-20)),
+    ("clipped", -1.0, -25.0, 0.0),
+])  # fmt: skip
+def test_beyond_the_limit_of_ratios_the_gradient_is_that_of_the_limit(name: str, advantage: float, log_ratio: float, slope: float) -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    tokens = changed(
+        random_tokens(0), policy_T=(log_ratio * one).requires_grad_(), anchor_T=0 * one, behaviour_T=0 * one, proximal_T=0 * one,
+        advantages_T=advantage * one, sample_T=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    assert gradient(name, tokens).item() == pytest.approx(slope, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_order_of_tokens_does_not_matter(name: str) -> None:
     tokens = random_tokens(4)

@@ -132,6 +132,30 @@ def test_every_group_ends_for_a_stated_reason(
     assert outcome.num_passed == sum(score == 1.0 for score in known)
 
 
+def test_lengths_alone_are_no_signal() -> None:
+    alike = [trajectory(4, i, 1.0, tokens=3 + i) for i in range(3)]
+    shaped = {"overlong": "keep", "overlong_penalty_tokens": 4}
+    [outcome] = batch_of(*alike, **shaped).outcomes
+    assert (outcome.state, outcome.reason) == ("filtered", "zero variance")
+    mixed = [trajectory(4, i, float(i == 0), tokens=3 + 2 * i) for i in range(3)]
+    found = [s.advantage for s in batch_of(*mixed, **shaped).samples]
+    assert found[0] > found[1] > found[2], "in a group with a signal the penalty counts"
+
+
+def test_pass_at_k_groups_agree_when_all_passed() -> None:
+    graded = [trajectory(4, i, score, passed=True) for i, score in enumerate((1.0, 0.5, 0.75))]
+    options = {"advantage": "pass_at_k", "advantage_options": {"k": 2}}
+    assert batch_of(*graded, **options).outcomes[0].state == "filtered"
+    assert batch_of(*graded).outcomes[0].state == "trained"
+
+
+def test_samples_without_a_finite_score_are_counted_and_no_zero() -> None:
+    broken = trajectory(4, 2, None, status="not_finite")
+    batch = batch_of(*group(4, 0.0, 1.0), broken)
+    assert [s.index for s in batch.samples] == [0, 1]
+    assert (batch.metrics["reward/samples_not_finite"], batch.metrics["reward/samples_failed"]) == (1.0, 1.0)
+
+
 def test_a_failed_score_is_no_zero_in_its_groups_advantages() -> None:
     """Scores 0 and 1 with one missing: the mean is 1/2, not 1/3; the sample's deviation is sqrt(1/2)."""
     batch = batch_of(*group(4, 0.0, None, 1.0))
@@ -166,13 +190,12 @@ def test_samples_carry_what_the_step_needs() -> None:
     assert second.behaviour_logprobs.tolist() == [-0.25, -0.5, -2.0]
 
 
-def test_the_length_penalty_is_part_of_the_score_and_of_its_variance() -> None:
+def test_the_length_penalty_is_part_of_the_score() -> None:
     """DAPO, eq. 13 with 8 tokens at most and a cache of 4: 6 tokens cost 1/2, 8 tokens cost 1."""
-    arrived = [trajectory(4, i, 1.0, tokens=n) for i, n in enumerate((4, 6, 8))]
-    assert batch_of(*arrived).outcomes[0].state == "filtered", "without the penalty all scores are equal"
+    arrived = [trajectory(4, i, float(i < 2), tokens=n) for i, n in enumerate((4, 6, 8))]
     batch = batch_of(*arrived, overlong="keep", overlong_penalty_tokens=4, advantage="dr_grpo")
-    assert [s.advantage for s in batch.samples] == pytest.approx([0.5, 0.0, -0.5])
-    assert batch.outcomes[0].mean_score == 1.0, "the ledger keeps the reward's own score"
+    assert [s.advantage for s in batch.samples] == pytest.approx([5 / 6, 1 / 3, -7 / 6])
+    assert batch.outcomes[0].mean_score == pytest.approx(2 / 3), "the ledger keeps the reward's own score"
 
 
 def test_parts_of_a_score_are_weighted() -> None:
@@ -212,6 +235,7 @@ def test_metrics_are_those_computed_by_hand() -> None:
             "reward/std": math.sqrt(4 / 5 - (4 / 5) ** 2),
             "reward/pass_rate": 4 / 6,
             "reward/samples_failed": 1,
+            "reward/samples_not_finite": 0,
             "reward/scoring_s_mean": (0 + 1 + 2 + 3) / 6,
             "data/completion_tokens_mean": (2 + 3 + 4 + 15) / 6,
             "data/completion_tokens_max": 5,

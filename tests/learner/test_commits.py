@@ -12,7 +12,7 @@ import torch
 from learner.commits import CommitPolicy, Committer, Pending
 from learner.parallel import SingleProcess
 from learner.recovery import BATCH, TRAJECTORY, VOID, newest_good, sort_out
-from learner.settings import LearnerSettings
+from learner.settings import CheckpointSettings, LearnerSettings
 from learner.simulated_step import SimulatedStep
 from protocol.codec import encode
 from protocol.errors import DataError, Fenced, UserError
@@ -45,6 +45,14 @@ def test_a_fixed_interval_and_none() -> None:
     policy = CommitPolicy(3)
     assert [n for n in range(1, 8) if policy.due(n, 0.0, last=False) and not policy.taken(n, 0.0)] == [3, 6]
     assert not CommitPolicy(0).due(5, 0.0, last=True)
+
+
+def test_what_stays_for_good_is_committed_in_any_case() -> None:
+    policy = CommitPolicy("auto", keep_every=3)
+    policy.taken(1, 0.0)
+    policy.cost_s = 1e6
+    assert [n for n in range(2, 10) if policy.due(n, 1.0, last=False)] == [3, 6, 9]
+    assert not CommitPolicy(0, keep_every=3).due(3, 0.0, last=False)
 
 
 def record(journal: Journal, group: int, iteration: int = 0, members: int = 2) -> None:
@@ -104,12 +112,12 @@ def test_parts_of_an_iteration(tmp_path: Path) -> None:
 class Scene:
     """A run directory with a simulated step whose state is committed."""
 
-    def __init__(self, directory: Path, start: int = 1, weight_bytes: int = 64) -> None:
+    def __init__(self, directory: Path, start: int = 1, weight_bytes: int = 64, kept: CheckpointSettings | None = None) -> None:
         self.directory = directory
         self.ledger = Ledger(directory / "ledger.sqlite", Writer("learner", 0, start))
         settings = LearnerSettings(step="simulated", step_options={"weight_bytes": weight_bytes, "tokens_per_s": 1e9})
         self.step = SimulatedStep(settings, directory, SingleProcess())
-        self.committer = Committer(directory / "checkpoints", CommitPolicy(1), keep_last=2, ledger=self.ledger)
+        self.committer = Committer(directory / "checkpoints", CommitPolicy(1), checkpoints=kept or CheckpointSettings(), ledger=self.ledger)
 
     def commit(self, number: int, groups: list[int]) -> None:
         self.step.live_state()["simulated.weights"][0] = number
@@ -128,6 +136,15 @@ def test_a_commit_is_a_checkpoint_and_the_states_that_it_stands_for(tmp_path: Pa
     found = newest_good(scene.ledger, tmp_path)
     assert found is not None
     assert found.number == 3
+    scene.ledger.close()
+
+
+def test_the_newest_and_every_so_many_stay(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, kept=CheckpointSettings(keep_last=1, keep_every=2))
+    for number in range(1, 6):
+        scene.commit(number, [number])
+    assert [c.number for c in scene.ledger.checkpoints()] == [5, 4, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004", "00000005"]
     scene.ledger.close()
 
 

@@ -90,9 +90,18 @@ def test_a_wrong_value_is_one_line_with_its_path(tmp_path: Path, path: str, valu
             {"learner.objective": "decoupled", "learner.correction": {"mode": "mask"}},
             r"learner: objective 'decoupled' carries its own weight",
         ),
-        ({"learner.correction": {"floor": 3}}, r"learner\.correction: floor 3\.0 must be below cap 2\.0"),
+        ({"learner.correction": {"mode": "mask", "floor": 3}}, r"learner\.correction: floor 3\.0 must be below cap 2\.0"),
+        ({"learner.sharding": "full"}, r"learner\.sharding is full but ranks is 1"),
+        (
+            {"learner.overlong": "keep", "learner.overlong_penalty_tokens": 9},
+            r"learner\.overlong_penalty_tokens is 9, more than sampling\.max_tokens \(8\)",
+        ),
+        ({"learner.commit_every": -1}, r"learner\.commit_every: expected a number of iterations, 0 for never, or auto$"),
         ({"learner.optimizer.betas": [0.9, 1.0]}, r"learner\.optimizer: betas \(0\.9, 1\.0\) must lie in \[0, 1\)"),
-        ({"learner.objective_options": {"clip": 0.2}}, r"learner: options of objective 'clipped': clip: .* It takes: "),
+        (
+            {"learner.objective_options": {"clip": 0.2}},
+            r"learner: options of objective 'clipped': clip is none of them; did you mean clip_low\? \(it takes: ",
+        ),
     ],
 )
 def test_an_impossible_combination_is_explained(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

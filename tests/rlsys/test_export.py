@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_adapters_are_merged_or_alone(tmp_path: Path, model_dir: Path, capsys: p
     torch.testing.assert_close(logits(loaded), logits(step.model.network), rtol=1e-4, atol=1e-4)
     assert export(capsys, tmp_path, tmp_path / "adapter", "--adapter")[0] == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_a_checkpoint_that_was_copied_away_still_says_what_it_is(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = make_run(tmp_path, model_dir, lora={"rank": 2, "target_modules": ["q_proj", "v_proj"]})
+    moved = shutil.copytree(tmp_path / "checkpoints" / "00000003", tmp_path / "elsewhere" / "my-best")
+    assert export(capsys, moved, tmp_path / "out", "--model", model_dir)[0] == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(step.model.network), rtol=1e-4, atol=1e-4)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(

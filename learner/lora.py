@@ -2,7 +2,8 @@
 
     output = x W^T + scale * (x A^T) B^T,   A [rank, in] random, B [out, rank] zero at first
 
-Generators load W + scale * B A, so no engine needs to know. The frozen model itself is the policy that training started from: a penalty for
+Generators load W + scale * B A, so no engine needs to know; or A and B alone (`publish: adapter`), for engines that add them to the base model
+themselves. The frozen model itself is the policy that training started from: a penalty for
 leaving it needs no second model.
 """
 
@@ -91,6 +92,12 @@ def _delta(layer: Any) -> Tensor:
     a, b = (whole(part[ADAPTER].weight.detach()) for part in (layer.lora_A, layer.lora_B))
     delta: Tensor = (b @ a) * layer.scaling[ADAPTER]
     return delta.T if layer.fan_in_fan_out else delta
+
+
+def adapter_parts(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """`adapter_tensors`, whole and one after the other. A collective call when sharded."""
+    for name, tensor in sorted(adapter_tensors(tensors).items()):
+        yield name, whole(tensor.detach(), dtype)
 
 
 def adapter_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

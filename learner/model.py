@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from learner import attention, flex
 from learner.logprobs import capped_logits, head_logprobs
-from learner.lora import add_adapters, merged_tensors, without_adapters
+from learner.lora import adapter_parts, add_adapters, merged_tensors, without_adapters
 from learner.optimizers import Trained
 from learner.packing import Block, MicroBatch
 from learner.parallel import Group, SingleProcess
@@ -113,6 +113,12 @@ class CausalModel:
             return
         for name in sorted(tensors):
             yield name, whole(tensors[name].detach(), dtype)
+
+    def version_tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """What a published version holds: `published_tensors`, or the adapters alone under the names of a peft directory."""
+        if self.lora is not None and self.lora.publish == "adapter":
+            return adapter_parts(self.named_tensors(), dtype)
+        return self.published_tensors(dtype)
 
     def frozen(self) -> AbstractContextManager[None]:
         """The model that training started from, while adapters are what is trained."""

@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from learner.lora import adapter_config
+from learner.settings import LoraSettings
 from protocol.canary import Canary
 from protocol.errors import UserError
 from protocol.ledger import Ledger
-from protocol.manifest import Published, prune, publish, remove_older_incarnations
+from protocol.manifest import ADAPTERS, AddsTo, Published, digest, prune, publish, remove_older_incarnations
 from protocol.messages import Version, WeightsReady
 
 KEEP = 2
@@ -37,11 +39,15 @@ CONFIG_FILES = (
 class Publisher:
     """Writes versions of one model under `root` (tmpfs if it can be)."""
 
-    def __init__(self, root: Path, model_dir: Path, dtype: str, ledger: Ledger | None = None) -> None:
-        """With a ledger a version appears only while this writer is the present one."""
+    def __init__(
+        self, root: Path, model_dir: Path, dtype: str, ledger: Ledger | None = None, *, adapters: LoraSettings | None = None
+    ) -> None:
+        """With a ledger a version appears only while this writer is the present one. With `adapters` versions hold these alone."""
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._root, self._model_dir, self._ledger = root, model_dir, ledger
         self.dtype = DTYPES[dtype]
+        self._adapters = adapters
+        self._adds = AddsTo(adapters.alpha / adapters.rank, digest(model_dir)) if adapters is not None else None
 
     def publish(self, version: Version, tensors: Iterable[tuple[str, Tensor]], canary: Canary | None = None) -> WeightsReady:
         """Make `version` complete on disk, then remove what is too old. `tensors` are taken one at a time, never held all at once.
@@ -55,6 +61,7 @@ class Publisher:
                 str(self._model_dir),
                 lambda directory: self._write(directory, tensors),
                 canary=canary,
+                adds_to=self._adds,
                 appear=self._appearing(version),
             )
         except (OSError, SafetensorError) as error:
@@ -73,7 +80,14 @@ class Publisher:
         remove_older_incarnations(self._root, incarnation)
 
     def _write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        save_shards(directory, tensors, self.dtype)
+        if self._adapters is None:
+            save_shards(directory, tensors, self.dtype)
+            return
+        path = directory / ADAPTERS
+        save_file({name: tensor.to(self.dtype).cpu().contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        config = adapter_config(self._adapters, str(self._model_dir))
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
     def export(self, target: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The policy as a Hugging Face directory; see `export_model`."""

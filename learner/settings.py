@@ -170,6 +170,9 @@ class LoraSettings(_Settings):
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="Names of linear layers, such as [q_proj, v_proj]; all-linear: every one but the head."
     )
+    publish: Literal["merged", "adapter"] = Field(
+        default="merged", description="What a version holds: the whole model with the adapters added in, or the adapters alone."
+    )
 
     def in_words(self) -> str:
         """One line, which checkpoints carry; `from_words` reads it."""

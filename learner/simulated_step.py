@@ -68,7 +68,11 @@ class SimulatedStep:
         self._wait(time.monotonic(), self._options.publish_s)
         yield "simulated.weights", self._weights
 
-    def help_publishing(self, dtype: torch.dtype | None = None) -> None:
+    def version_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The same."""
+        return self.published_tensors(dtype)
+
+    def help_publishing(self, dtype: torch.dtype | None = None, *, version: bool = False) -> None:
         """Every rank has all."""
 
     def live_state(self) -> dict[str, Tensor]:

@@ -181,10 +181,15 @@ class Step:
         with self.group.named("gathering parameters"):
             yield from self.model.published_tensors(dtype)
 
-    def help_publishing(self, dtype: torch.dtype | None = None) -> None:
-        """What the other ranks do while rank 0 goes through `published_tensors`."""
+    def version_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """What generators load: the same, or with `lora.publish: adapter` the adapters alone. With sharding a collective call too."""
+        with self.group.named("gathering parameters"):
+            yield from self.model.version_tensors(dtype)
+
+    def help_publishing(self, dtype: torch.dtype | None = None, *, version: bool = False) -> None:
+        """What the other ranks do while rank 0 goes through `published_tensors`, or `version_tensors` for a version."""
         if self.sharded:
-            for _ in self.published_tensors(dtype):
+            for _ in self.version_tensors(dtype) if version else self.published_tensors(dtype):
                 pass
 
     def state_dict_for_publishing(self) -> dict[str, Tensor]:

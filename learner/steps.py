@@ -47,10 +47,16 @@ class TrainStep(Protocol):
         """
 
     def published_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """What generators load, one tensor after the other, in `dtype` if given; they may be live ones. On rank 0."""
+        """The whole policy, one tensor after the other, in `dtype` if given; they may be live ones. On rank 0."""
 
-    def help_publishing(self, dtype: torch.dtype | None = None) -> None:
-        """What the other ranks do while rank 0 goes through `published_tensors`; returns when it is done, or at once if it needs no help."""
+    def version_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """What generators load of a version: the same, or only what they lack (adapters)."""
+
+    def help_publishing(self, dtype: torch.dtype | None = None, *, version: bool = False) -> None:
+        """What the other ranks do while rank 0 goes through `published_tensors`, or `version_tensors` for a version.
+
+        Returns when it is done, or at once if it needs no help.
+        """
 
     def live_state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, without copies; a sharded tensor is a DTensor."""

@@ -113,7 +113,9 @@ class Leader:
         node.facts = lambda: {**self._intake.facts(), "device": str(pick_device(job.settings.device, 0))}
         try:
             self._batches = self._recover(ended)
-            self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype, self._ledger)
+            lora = job.settings.lora
+            alone = lora if lora is not None and lora.publish == "adapter" else None
+            self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype, self._ledger, adapters=alone)
             self._group = self._gather(job)
             self._step = build_step(job.settings, job.model_dir, self._group)
         except BaseException:
@@ -272,7 +274,7 @@ class Leader:
         with self._recorder.during("publish", iteration=number):
             canary = self._step.canary()
             version = Version(number, self._incarnation)
-            ready = self._publisher.publish(version, self._step.published_tensors(self._publisher.dtype), canary)
+            ready = self._publisher.publish(version, self._step.version_tensors(self._publisher.dtype), canary)
             self._intake.announce(replace(ready, groups_taken=self._intake.groups_taken, stage_starts=list(self._stages.starts)))
         return time.monotonic() - started
 
@@ -374,7 +376,7 @@ def follow(node: Node, job: LearnerJob) -> None:
         if last:
             node.recorder.enter("publish")
             step.canary()  # a sharded model computes it on all ranks
-            step.help_publishing(dtype)  # the version that training starts from, then that of each iteration
+            step.help_publishing(dtype, version=True)  # the version that training starts from, then that of each iteration
         if commit:
             committer.begin(step, iteration + 1, None)
         node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")

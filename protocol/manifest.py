@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from protocol.errors import WeightsError
 from protocol.messages import Version
 
 MANIFEST = "manifest.json"
+ADAPTERS = "adapter_model.safetensors"
+"""The one file of a version that holds adapters alone, laid out as peft does."""
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -36,6 +38,30 @@ class Published:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class AddsTo:
+    """Of a version that holds adapters alone: each matrix is that of the base model plus `scale` * B A."""
+
+    scale: float
+    base_xxh3_128: str
+    """`digest` of the base model's directory."""
+
+
+def digest(model_dir: Path) -> str:
+    """One hash over the names, shapes, dtypes and bytes of all tensors in a model's safetensors files. Raises WeightsError without any."""
+    described = {name: entry for path in sorted(model_dir.glob("*.safetensors")) for name, entry in _describe(path).items()}
+    if not described:
+        raise WeightsError(f"{model_dir}: holds no *.safetensors")
+    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+
+
+def read_adds_to(directory: Path) -> AddsTo | None:
+    """What the version in `directory` adds its adapters to; None for one that holds a whole model, or a plain model directory."""
+    path = directory / MANIFEST
+    found = json.loads(path.read_bytes()).get("adds_to") if path.is_file() else None
+    return AddsTo(**found) if found else None
+
+
 def publish(
     root: Path,
     version: Version,
@@ -43,6 +69,7 @@ def publish(
     write_shards: Callable[[Path], None],
     *,
     canary: Canary | None = None,
+    adds_to: AddsTo | None = None,
     sync: bool = False,
     appear: Callable[[str, Callable[[], object]], object] = lambda sha256, rename: rename(),
 ) -> Published:
@@ -65,6 +92,7 @@ def publish(
             "incarnation": version.incarnation,
             "base_model": base_model,
             "canary": canary and canary.as_json(),
+            "adds_to": adds_to and asdict(adds_to),
             "shards": {path.name: _describe(path) for path in sorted(aside.glob("*.safetensors"))},
         }
         text = json.dumps(manifest, indent=1).encode()

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from actors.dataset import Problem, read_problems
-from actors.engines import ENGINE_CHECKS, ENGINE_OPTIONS
+from actors.engines import ENGINE_CHECKS, ENGINE_OPTIONS, ENGINES, TAKES_ADAPTERS
 from actors.rewards import REWARDS
 from actors.text import Text, context_length, stop_token_ids
 from learner.optimizers import OPTIMIZERS
@@ -79,6 +79,7 @@ def check_plugins(config: RunConfig) -> list[str]:
     reward = resolve(settings.reward, REWARDS, "reward")
     check_reward(reward, settings.reward)
     check_optimizer(config.learner.optimizer.name)
+    _check_published(config)
     options = getattr(sys.modules.get(getattr(reward, "__module__", "")), "Options", None)
     if isinstance(options, type) and issubclass(options, BaseModel):
         check_options(options, settings.options, "rewarders.options")
@@ -102,6 +103,18 @@ def _missing(config: RunConfig) -> list[str]:
     options = resolve("options", {"options": ENGINE_OPTIONS[generators.engine]}, "options").model_validate(generators.options)
     found: list[str] = resolve("check", {"check": ENGINE_CHECKS[generators.engine]}, "check")(options, generators.device, generators.count)
     return [f"generators: {text}" for text in found]
+
+
+def _check_published(config: RunConfig) -> None:
+    """Raise ConfigError when versions hold adapters alone and the engine wants whole models."""
+    lora, engine = config.learner.lora, config.generators.engine
+    if lora is None or lora.publish == "merged" or engine in TAKES_ADAPTERS:
+        return
+    if engine in ENGINES or not getattr(resolve(engine, ENGINES, "engine"), "takes_adapters", False):
+        raise ConfigError(
+            f"learner.lora.publish is adapter, which engine {engine!r} does not take: choose merged, which every engine takes "
+            f"(adapters alone: {', '.join(TAKES_ADAPTERS)})"
+        )
 
 
 def check_reward(reward: Any, name: str) -> None:

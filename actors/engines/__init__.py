@@ -28,6 +28,9 @@ ENGINE_OPTIONS = {
 }
 """Name -> pydantic model of `generators.options`, importable without torch, so that a run is checked before anything starts."""
 
+TAKES_ADAPTERS = ("embedded",)
+"""Engines whose `load_weights` takes versions of adapters alone. A class of one's own says so by `takes_adapters = True`."""
+
 
 ENGINE_CHECKS = {"sglang": "actors.engines.sglang_check:check"}
 """Name -> function of (options, device, number of actors) that is asked before a run: what is missing on this host, in sentences; it raises

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from actors.engines.architecture import Architecture
 from protocol.errors import WeightsError
+from protocol.manifest import ADAPTERS
+
+PEFT = "base_model.model."
+"""What peft puts before the names of a model's layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,8 @@ class Weights:
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._tied = architecture.tied
+        self._base: Path | None = None
+        """The model whose tensors stand here, apart from those that adapters change; None when nothing is known."""
         self._targets: dict[str, _Target] = {}
         size = (architecture.vocabulary, architecture.hidden)
         self.embedding = self._tensor("model.embed_tokens.weight", *size)
@@ -132,8 +138,46 @@ class Weights:
         with ExitStack() as stack:
             tensors = _open(directory, stack)
             self._check(directory, tensors)
+            self._base = None
             for name, target in self._targets.items():
                 target.view.copy_(tensors[name].get_tensor(name).view(target.source_shape))
+
+    def load_adapted(self, base: Path, directory: Path, scale: float) -> None:
+        """Copy in the model of `base` with the adapters of `directory` added: W + `scale` * B A, computed in float32.
+
+        What no adapter changes is copied the first time only. Everything is checked before the first byte is written.
+        Raises WeightsError that names what does not fit.
+        """
+        with ExitStack() as stack:
+            tensors, adapters = _open(base, stack), _open(directory, stack, (ADAPTERS,))
+            self._check(base, tensors)
+            pairs = self._pairs(directory, adapters)
+            for name, target in self._targets.items():
+                if name in pairs:
+                    a, b = (adapters[part].get_tensor(part).float() for part in pairs[name])
+                    found = tensors[name].get_tensor(name).float() + (b @ a) * scale
+                    target.view.copy_(found.view(target.source_shape))
+                elif self._base != base:
+                    target.view.copy_(tensors[name].get_tensor(name).view(target.source_shape))
+            self._base = base
+
+    def _pairs(self, directory: Path, adapters: dict[str, Any]) -> dict[str, tuple[str, str]]:
+        """Tensor of the model -> its A and B, every one of which fits and belongs to a tensor."""
+        pairs = {
+            name: (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
+            for name in self._targets
+            if f"{(stem := PEFT + name.removesuffix('.weight'))}.lora_A.weight" in adapters
+        }
+        rest = adapters.keys() - {part for pair in pairs.values() for part in pair}
+        findings = [f"{name} belongs to nothing in the model" for name in sorted(rest)[:4]]
+        for name, (a, b) in pairs.items():
+            shapes = [tuple(adapters[part].get_slice(part).get_shape()) if part in adapters else () for part in (a, b)]
+            rows, columns = self._targets[name].shape
+            if len(shapes[1]) != 2 or shapes[0] != (shapes[1][1], columns) or shapes[1][0] != rows:
+                findings.append(f"{a} {list(shapes[0])} and {b} {list(shapes[1])} make no change of {name} {[rows, columns]}")
+        if findings or not pairs:
+            raise WeightsError(f"adapters in {directory} do not fit the model: {'; '.join(findings[:8]) or 'there are none'}")
+        return pairs
 
     def _check(self, directory: Path, tensors: dict[str, Any]) -> None:
         ignored = {"lm_head.weight"} if self._tied else set()
@@ -151,9 +195,10 @@ class Weights:
             raise WeightsError(f"weights in {directory} do not fit the model: {'; '.join(findings[:8])}")
 
 
-def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> open safetensors file that holds it."""
-    files = [path] if (path := directory / "model.safetensors").is_file() else sorted(directory.glob("model-*.safetensors"))
+def _open(directory: Path, stack: ExitStack, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Tensor name -> open safetensors file that holds it; of the files `names` if given, else of those of a whole model."""
+    whole = directory / "model.safetensors"
+    files = [directory / name for name in names] or ([whole] if whole.is_file() else sorted(directory.glob("model-*.safetensors")))
     if not files:
         raise WeightsError(f"weights directory {directory}: no model.safetensors and no model-*.safetensors")
     tensors: dict[str, Any] = {}

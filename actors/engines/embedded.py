@@ -27,8 +27,9 @@ from actors.engines.embedded_options import Options
 from actors.engines.invariance import Invariance, padded, widen
 from actors.engines.sampling import draw, uniforms
 from actors.engines.slots import Rows, Slots
-from protocol.errors import ConfigError, InfrastructureFault
+from protocol.errors import ConfigError, InfrastructureFault, WeightsError
 from protocol.intervals import phase
+from protocol.manifest import digest, read_adds_to
 from protocol.messages import Version
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,6 +68,7 @@ class EmbeddedEngine:
         if options.dtype not in _DTYPES:
             raise ConfigError(f"embedded engine: dtype {options.dtype!r} is not one of {', '.join(_DTYPES)}")
         self._max_context = options.max_context
+        self._base, self._base_digest = options.model_path, ""
         self._decoder = Decoder(
             options.model_path,
             slots=padded(options.slots) if self._options.batch_invariant else options.slots,
@@ -149,11 +151,12 @@ class EmbeddedEngine:
     def load_weights(self, directory: Path, version: Version) -> float:
         """Copy in the weights of `directory` and recompute the cache of running samples. Returns the seconds that they stood still.
 
-        Also takes a plain Hugging Face directory. Hashes are the caller's to check.
-        Raises WeightsError when names or shapes differ; then the old version stays loaded and running samples are as they were.
+        Also takes a plain Hugging Face directory, and adapters alone, which it adds to the model that it was built from. Hashes are the
+        caller's to check. Raises WeightsError when names or shapes differ, or adapters belong to another base; then the old version stays
+        loaded and running samples are as they were.
         """
         started = time.monotonic()
-        self._decoder.weights.load(directory)
+        self._copy_in(directory)
         if self._options.batch_invariant and self._invariance is None:
             self._invariance = Invariance(self._decoder, self._max_context)
         running = self._slots.running
@@ -177,6 +180,16 @@ class EmbeddedEngine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.monotonic() - started if running else 0.0
+
+    def _copy_in(self, directory: Path) -> None:
+        adds_to = read_adds_to(directory)
+        if adds_to is None:
+            self._decoder.weights.load(directory)
+            return
+        self._base_digest = self._base_digest or digest(self._base)
+        if adds_to.base_xxh3_128 != self._base_digest:
+            raise WeightsError(f"adapters in {directory} add to another model than the one in {self._base}: their hashes differ")
+        self._decoder.weights.load_adapted(self._base, directory, adds_to.scale)
 
     @torch.inference_mode()
     def score(self, prompt_ids: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], temperature: float) -> npt.NDArray[np.float32]:

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from learner.settings import LoraSettings
+from protocol.errors import ConfigError
 from rlsys.cli import main
+from rlsys.prepare import check_adapters
 from rlsys.quickstart import cache
+from tests.learner.conftest import save_model
 
 QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml")
 
@@ -28,6 +32,19 @@ QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.y
         ("learner.step=simulatd", "step 'simulatd' is not known; did you mean 'simulated'?"),
         ("learner.step_options.speed=3", "learner.step_options: step 'gradient' has no options, found speed"),
         ("generators.count=true", "generators.count is True: input should be a valid integer"),
+        ("rewarders.reward=os:path", "rewarders.reward 'os:path' is a module, expected a class of (options) with score and close"),
+        ("rewarders.reward=actors.rewards:Score", "rewarders.reward 'actors.rewards:Score'"),
+        (
+            "learner.optimizer.name=tests.learner.bad_recipes:likelihood_of_all",
+            "takes (tokens), expected a function of (trained, settings, *, options)",
+        ),
+        ("learner.kl={coefficient: 0.1, reference: /nonexistent}", "learner.kl.reference is /nonexistent: no such directory"),
+        ("learner.correction.mode=on", "learner.correction.mode is True: input should be 'auto', 'off', 'truncate' or 'mask'"),
+        ("learner.commit_every=-1", "learner.commit_every: expected a number of iterations, 0 for never, or auto"),
+        (
+            "model.path=$NO_SUCH_VARIABLE",
+            "quickstart.yaml: model.path is $NO_SUCH_VARIABLE: the environment variable NO_SUCH_VARIABLE is not set",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "up"])
@@ -39,6 +56,30 @@ def test_faults_are_found_by_check_and_by_up(
     assert main([command, QUICKSTART, "--set", override, *extra]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [], "neither a run directory nor a base model was begun"
+
+
+def test_a_bare_off_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", QUICKSTART, "--set", "learner.correction.mode=off"]) == 0, capsys.readouterr().err
+
+
+def test_a_fine_tuning_is_pointed_to_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", QUICKSTART.replace("quickstart", "sft-tiny")]) == 2
+    assert "rlsys sft FILE --check" in capsys.readouterr().err
+
+
+def test_adapters_for_layers_that_the_model_has_not(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    check_adapters(LoraSettings(target_modules=("q_proj", "model.layers.0.mlp.up_proj")), model)
+    with pytest.raises(ConfigError, match=r"has no matrix q_porj; did you mean q_proj\?"):
+        check_adapters(LoraSettings(target_modules=("q_porj",)), model)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "simulated"])
+def test_adapters_alone_for_an_engine_that_cannot_take_them(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--set", "learner.lora={publish: adapter}", "--set", f"generators.engine={engine}", "--set", "generators.options={}"]
+    assert main(["check", QUICKSTART, *changes]) == 2
+    assert f"learner.lora.publish is adapter, which engine {engine!r} does not take" in capsys.readouterr().err
+    assert main(["check", QUICKSTART, "--set", "learner.lora={publish: adapter}"]) == 0
 
 
 @pytest.mark.parametrize(

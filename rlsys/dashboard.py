@@ -24,6 +24,7 @@ from protocol.registry import resolve
 from rlsys.config import RunConfig
 from rlsys.fleets import Fleets, role_of
 from rlsys.guards import Guards
+from rlsys.lines import BoundedLines, open_lines
 from rlsys.loggers import LOGGERS, LoggedRun, Logger
 
 if TYPE_CHECKING:
@@ -42,28 +43,6 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class BoundedLines:
-    """A file of lines that is moved to `old/` past `most_bytes`, where it replaces the one before."""
-
-    def __init__(self, path: Path, most_bytes: int) -> None:
-        self._path, self._most_bytes = path, most_bytes
-        self._file = path.open("a", buffering=1)
-        self._size = path.stat().st_size
-
-    def write(self, line: str) -> None:
-        """Append one line."""
-        if self._size and self._size + len(line) > self._most_bytes:
-            self._file.close()
-            old = self._path.parent / "old"
-            old.mkdir(exist_ok=True)
-            self._path.replace(old / self._path.name)
-            self._file, self._size = self._path.open("a", buffering=1), 0
-        self._size += self._file.write(line + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class Dashboard:
     """The loop of the dashboard process."""
 
@@ -72,7 +51,7 @@ class Dashboard:
         self._fleets = Fleets()
         self._observations = node.serve("observe", on_gone=self._fleets.left)
         run_dir = Path(node.spec.run_dir)
-        self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._metrics = open_lines(run_dir / "metrics.jsonl")
         self._events_dir = run_dir / "events"
         self._events_dir.mkdir(exist_ok=True)
         self._tracks: dict[str, BoundedLines] = {}

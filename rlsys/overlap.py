@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from protocol.intervals import TRAINING, is_waiting
-from rlsys.usage import Interval, intersection, length, read_lines, read_rows, tracks, union
+from rlsys.usage import Interval, intersection, length, read_rows, tracks, union
 
-__all__ = ["idle_share", "intersection", "length", "overlap", "read_intervals", "read_lines", "union"]
+__all__ = ["idle_share", "intersection", "length", "overlap", "read_intervals", "union"]
 
 LEARNER_BUSY = TRAINING | {"publish", "journal batch", "build batch", "snapshot", "commit"}
 DECODING = frozenset({"decode", "prefill"})

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlsys.overlap import overlap, read_lines
+from rlsys.lines import read_lines
+from rlsys.overlap import overlap
 from rlsys.rundir import read_json
 
 

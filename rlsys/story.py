@@ -18,9 +18,10 @@ import yaml
 
 from protocol.errors import ConfigError, DataError
 from protocol.messages import Trajectory, token_versions
+from rlsys.lines import read_lines
 from rlsys.rundir import read_json
 from rlsys.samples import read_trajectories
-from rlsys.usage import Row, read_lines, read_rows, tracks
+from rlsys.usage import Row, read_rows, tracks
 
 NEWEST_SEGMENTS = 2
 """Of the journal: half a gigabyte at most is read, the newest samples."""

@@ -37,6 +37,7 @@ from rlsys.config import RunConfig, dump_config
 from rlsys.hosts import Door, Grant, Host, describe_keys
 from rlsys.launchers import Handle, Launcher
 from rlsys.launchers.local import LocalLauncher, cpu_seconds, end_leftover, start_ticks
+from rlsys.lines import open_lines
 from rlsys.logs import bound
 from rlsys.orders import ADDRESS, Orders
 from rlsys.restarts import GiveUp, RestartPolicy
@@ -679,7 +680,7 @@ class Supervisor:
         """An event of the supervisor's own: shown, and appended to metrics.jsonl beside those that the dashboard writes."""
         event = Event(identity="supervisor", time_s=time.time(), name=name, data=data)
         try:
-            with (self.run_dir.path / "metrics.jsonl").open("a") as file:
+            with open_lines(self.run_dir.path / "metrics.jsonl") as file:
                 file.write(json.dumps({"time_s": event.time_s, "identity": event.identity, "event": name, **data}) + "\n")
         except OSError as error:
             log.warning("metrics.jsonl lacks the event %r (%s)", name, error.strerror)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.live import Live
 
 from protocol.errors import ConfigError
 from protocol.messages import Event
+from rlsys.lines import parse_lines
 from rlsys.progress import event_line
 from rlsys.rundir import holder, read_json
 from rlsys.screen import duration, screen
@@ -39,8 +39,7 @@ class Tail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            record = json.loads(line)
+        for record in parse_lines(whole.decode("utf-8", "replace")):
             if "event" in record:
                 data_ = {key: value for key, value in record.items() if key not in ("time_s", "identity", "event")}
                 try:

@@ -6,14 +6,14 @@ bounded: past `events_bytes` one is moved to `events/old/`, where it replaces th
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from protocol.intervals import is_waiting
+from rlsys.lines import read_lines
 
 Interval = tuple[float, float]
 UNRECORDED = "not recorded"
@@ -122,17 +122,13 @@ def device_usage(tracks: Sequence[Sequence[Row]], start_s: float, end_s: float) 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON lines file, without a last line that its writer did not live to finish."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
 def read_rows(run_dir: Path, track: str) -> list[Row]:
     """What one track recorded, such as "learner-0" or "learner-0+intake", oldest first; equal neighbours are one row."""
     rows: list[Row] = []
     for path in (run_dir / "events" / "old" / f"{track}.jsonl", run_dir / "events" / f"{track}.jsonl"):
         for record in read_lines(path) if path.is_file() else ():
+            if not {"names", "offset_s", "rows"} <= record.keys():
+                continue
             names, offset = record["names"], record["offset_s"]
             for n, a, b, *ids in record["rows"]:
                 row = Row(names[n], offset + a / 1e6, offset + b / 1e6, *ids)

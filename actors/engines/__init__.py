@@ -93,6 +93,7 @@ class EngineLoad:
     """How busy an engine is, in samples and tokens."""
 
     running: int
+    """With those that are done and that `step` has not given out yet: while there are any, a caller comes for them."""
     waiting: int
     capacity: int
     """Samples that it runs at once."""

@@ -87,7 +87,7 @@ class SimulatedEngine:
         for key in device.active():
             progress[key[0]] = max(progress.get(key[0], 0), int(device.sampled(key)))
         return EngineLoad(
-            running=device.running,
+            running=device.running + len(self._ended),
             waiting=device.waiting + sum(len(request.seeds) for request in self._held),
             capacity=device.slots,
             tokens_sampled=int(device.tokens),

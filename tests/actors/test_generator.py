@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from actors.engines import EngineOptions
+from actors.engines import Engine, EngineOptions
 from actors.engines.embedded import EmbeddedEngine
+from actors.engines.simulated import SimulatedEngine
 from actors.generator import Generator
 from protocol.errors import WeightsError
-from protocol.messages import Ack, Completion, Credit, GroupTask, Hello, Metrics, WeightsLoaded, key_of
+from protocol.messages import Ack, Completion, Credit, GroupTask, Heartbeat, Hello, Metrics, Version, WeightsLoaded, key_of
 from protocol.node import Node
 from tests.actors import tiny_models
 from tests.actors.test_weights import flip_last_byte, published
@@ -29,15 +32,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Scene:
     """A generator with a dispatcher and a learner."""
 
-    def __init__(self, ring: Ring, base: Path, weights: Path) -> None:
-        self.ring, self.base, self.weights = ring, base, weights
+    def __init__(self, ring: Ring, base: Path, weights: Path, engine: Callable[[EngineOptions], Engine] = EmbeddedEngine) -> None:
+        self.ring, self.base, self.weights, self.engine = ring, base, weights, engine
         self.dispatcher = ring.serve("dispatcher-0@1", "tasks")
         self.learner = ring.serve("learner-0@1", "weights")
         self.role = ring.run("generator", self._body)
         ring.until(lambda: self.dispatcher.of(Hello) and self.learner.of(Hello), "the generator greets")
 
     def _body(self, node: Node) -> None:
-        engine = EmbeddedEngine(EngineOptions(model_path=self.base, max_context=tiny_models.CONTEXT, slots=SLOTS))
+        engine = self.engine(EngineOptions(model_path=self.base, max_context=tiny_models.CONTEXT, slots=SLOTS))
         try:
             Generator(node, engine, GROUP_SIZE).run()
         finally:
@@ -178,3 +181,26 @@ def test_a_task_for_a_version_that_is_not_loaded_is_a_bug_and_ends_the_actor(sce
     scene.give(1, min_version=1)
     scene.ring.until(lambda: scene.role.error is not None, "the actor ends")
     assert "group 1 needs version 1, v0 is loaded" in str(scene.role.error)
+
+
+class EndsInASwap(SimulatedEngine):
+    """Its clock stands still but for a swap, in which everything that runs comes to its end."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.now = 0.0
+        rates = {"tokens_per_s_sample": 1, "tokens_per_s": 100, "lengths": {"mean": 900, "sigma": 0}}
+        super().__init__(replace(options, extra=rates), lambda: self.now)
+
+    def load_weights(self, directory: Path, version: Version) -> float:
+        self.now += 1000.0
+        return super().load_weights(directory, version)
+
+
+def test_samples_that_end_while_weights_are_loaded_are_sent(ring: Ring, base: Path, tmp_path: Path) -> None:
+    scene = Scene(ring, base, tmp_path, EndsInASwap)
+    scene.publish(0)
+    rewarder = scene.rewarder("rewarder-0@1", 10)
+    scene.give(4, 5)
+    ring.until(lambda: any(len(beat.facts["running"]) == 2 for beat in ring.control.of(Heartbeat)), "both groups run")
+    scene.publish(1)
+    assert len(scene.completions(rewarder, 4)) == 4, "though no task comes that would wake the engine"

@@ -97,6 +97,16 @@ def test_an_update_stalls_every_sample_and_names_the_version_of_later_tokens(mod
     assert sample.spans == (Span(0, 0, 100), Span(1, 0, 200))
 
 
+def test_samples_that_end_while_weights_are_loaded_count_until_they_are_given_out(model: Path) -> None:
+    engine, clock = build(model)
+    engine.submit(request("a", (1, 2)))
+    clock.now += 100
+    engine.load_weights(model, Version(1))
+    assert (engine.load.running, engine.load.waiting, engine.load.ready_in_s) == (2, 0, 0.0), "somebody has to come for them"
+    assert len(engine.step(0)) == 2
+    assert engine.load.running == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "why"),
     [({"speed": 0}, "speed"), ({"tokens_per_s": -1}, "tokens_per_s"), ({"x": 1}, "option x"), ({"lengths": {}}, "either mean")],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.dashboard import BoundedLines
+from rlsys.lines import BoundedLines
 from rlsys.usage import UNRECORDED, Row, causes, device_usage, length, read_rows, tracks, usage
 
 names = st.sampled_from(["train", "decode", "waiting:tasks", "waiting:ranks", "publish"])

@@ -139,10 +139,10 @@ class Batcher:
         """Decide on every group that is held. Returns the outcomes of those that end here, without a place in a batch."""
         return self._settle(sorted(self._ready))
 
-    def complete(self, iteration: int) -> list[int]:
-        """The groups that the next part of iteration `iteration` has so far."""
-        self._check_open(iteration)
-        return list(self.line.choice(self._ready).taken)
+    @property
+    def ready(self) -> list[int]:
+        """Complete groups that have not ended, whether or not the next part may take them yet."""
+        return sorted(self._ready)
 
     def missing(self, iteration: int) -> int:
         """Groups that the next part of the open iteration still waits for."""
@@ -183,6 +183,7 @@ class Batcher:
             if self.rule.stragglers == "drop":
                 given_up += self._drop(choice, iteration, issued, assembler)
             metrics = describe(self._seen, self._ended, iteration, self.rule.max_staleness)
+            metrics["data/zero_variance_share"] = self._zero_variance(self._seen)
             seen = tuple(self._seen)
             self._seen, self._ended, self._refilled = [], [], 0
             if decide:
@@ -270,6 +271,11 @@ class Batcher:
                 return "rejected", f"no token of it is of v{iteration - self.rule.max_staleness} or newer"
             return "filtered", "every completion was cut off"
         return "trained", ""
+
+    def _zero_variance(self, groups: Sequence[Group]) -> float:
+        """The share of the groups with scores whose samples all have the same, whatever becomes of such groups."""
+        distinct = [len({self._score(t) for t in group.scored}) for group in groups if group.scored]
+        return sum(count == 1 for count in distinct) / len(distinct) if distinct else float("nan")
 
     def _check_versions(self, group: Group, iteration: int) -> int | None:
         """The oldest version of its tokens if that is too old. Raises StalenessViolation for what the rule makes impossible: a bug."""

@@ -200,7 +200,7 @@ class Intake:
                 "published_s": newest.published_s if newest else 0.0,
                 "wanted": self._wanted,
                 "missing": sorted(self._assembler.open_groups.items())[:FACTS],
-                "complete": self._batcher.complete(self._wanted)[:MANY_FACTS] if self._wanted >= 0 else [],
+                "complete": self._batcher.ready[:MANY_FACTS] if self._wanted >= 0 else [],
             }
 
     def show(self, messages: Sequence[Distribution | Trajectory]) -> None:

@@ -118,6 +118,8 @@ class Recorder:
         self._rows: list[tuple[str, float, float, int, int]] = []
         self._totals: dict[str, float] = {}
         self.rows_lost = 0
+        self.latest = -1
+        """The last iteration that an activity named."""
 
     @property
     def activity(self) -> Activity:
@@ -134,6 +136,7 @@ class Recorder:
                 return before
             now = self._clock()
             self._close(now)
+            self.latest = iteration if iteration >= 0 else self.latest
             self._now = Activity(name, peer, detail, now, iteration, group)
             return before
 
@@ -209,7 +212,10 @@ def phase(name: str, peer: str = "", detail: str = "", *, iteration: int | None 
         yield
 
 
-def here() -> Activity | None:
-    """What this thread does now, where it has a recorder: logs say it in every line."""
+def here() -> tuple[int, int]:
+    """Iteration and group that this thread is at, or the last iteration that it was at; -1 for none. Logs say it in every line."""
     recorder = _here.get()
-    return None if recorder is None else recorder.activity
+    if recorder is None:
+        return -1, -1
+    now = recorder.activity
+    return (now.iteration if now.iteration >= 0 else recorder.latest), now.group

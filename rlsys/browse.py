@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Callable
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,25 @@ from rlsys.samples import Filter, read_trajectories, record_of
 def samples(run: Path, chosen: Filter, *, limit: int, sort: str, reverse: bool, as_json: bool) -> int:
     """Print the newest `limit` samples that pass, or the first by `sort`: reward, length, time."""
     text = _text(run)
-    passing = (t for t in read_trajectories(run) if chosen.admits(t))
+    found: Counter[str] = Counter()
+    passing = (t for t in _counted(read_trajectories(run), found) if chosen.admits(t))
     newest = deque(passing, maxlen=limit or None) if not sort else ()
     shown = sorted(passing, key=_key(sort), reverse=reverse)[: limit or None] if sort else list(newest)
+    if unknown := [verdict for verdict in chosen.verdicts if verdict not in found]:
+        there = ", ".join(f"{name} ({count})" for name, count in found.most_common()) or "none"
+        raise ConfigError(f"--verdict {unknown[0]}: no sample has it; there are: {there}")
     for t in shown:
         record = record_of(t, text)
         print(json.dumps(record) if as_json else _in_words(record))
     if not shown and not as_json:
         print("no sample passes these filters")
     return 0
+
+
+def _counted(trajectories: Iterator[Trajectory], found: Counter[str]) -> Iterator[Trajectory]:
+    for t in trajectories:
+        found[t.status] += 1
+        yield t
 
 
 def _key(sort: str) -> Callable[[Trajectory], float]:
@@ -70,6 +81,19 @@ def interval_of(text: str | None, what: str) -> tuple[int, int] | None:
     low, colon, high = text.partition(":")
     try:
         first = int(low) if low else 0
-        return first, (int(high) if high else 1 << 60) if colon else first
+        last = (int(high) if high else 1 << 60) if colon else first
     except ValueError:
         raise ConfigError(f"--{what} {text}: expected a number, or two with a colon, such as 10:20") from None
+    if not text or not 0 <= first <= last:
+        raise ConfigError(f"--{what} {text}: expected numbers from 0 on, the smaller one first, such as 10:20")
+    return first, last
+
+
+def reward_of(least: float | None, most: float | None) -> tuple[float, float] | None:
+    """The interval of scores between two options. Raises ConfigError where no score can lie in it."""
+    if least is None and most is None:
+        return None
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
+    if math.isnan(low) or math.isnan(high) or low > high:
+        raise ConfigError(f"--reward-min {low:g} and --reward-max {high:g}: no score lies between them")
+    return low, high

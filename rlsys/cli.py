@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,9 @@ DESCRIPTION = """Asynchronous reinforcement learning for language models on task
   rlsys status RUN                        how a run is doing
 """
 
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+OF_A_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 """Of a file or directory: what the user can mend, so that it is said in a sentence."""
 
 
@@ -294,9 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+        if error.errno not in OF_A_PATH:
             raise
-        print(f"rlsys: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        name = str(error.filename or "a file")
+        print(f"rlsys: {name if len(name) < 200 else name[:200] + '...'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rlsys: interrupted", file=sys.stderr)
@@ -500,14 +502,12 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _samples(options: argparse.Namespace) -> int:
-    from rlsys.browse import interval_of, samples
+    from rlsys.browse import interval_of, reward_of, samples
     from rlsys.samples import Filter
 
-    low, high = options.reward_min, options.reward_max
-    reward = None if low is None and high is None else (-math.inf if low is None else low, math.inf if high is None else high)
     chosen = Filter(
         iteration=interval_of(options.iteration, "iteration"),
-        reward=reward,
+        reward=reward_of(options.reward_min, options.reward_max),
         verdicts=tuple(options.verdict),
         tokens=interval_of(options.length, "length"),
         problem=options.problem,

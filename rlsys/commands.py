@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,14 +11,22 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError, UserError
 from protocol.registry import check_name, resolve
 from rlsys.config import RunConfig, load_config
 from rlsys.launchers import LAUNCHERS, Launcher
 from rlsys.prepare import check_builtin, check_files, check_plugins, prepare, uses_builtin
-from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, read_json
+from rlsys.rundir import RunDir, check_room, choose_weights_dir, default_run_dir, holder, read_json, read_status
 from rlsys.topology import describe
+
+if TYPE_CHECKING:
+    from protocol.messages import Event
+    from rlsys.progress import Progress
+    from rlsys.supervisor import Supervisor
+
+log = logging.getLogger("rlsys.supervisor")
 
 
 def check(paths: Sequence[Path], overrides: Sequence[str], *, as_json: bool) -> int:
@@ -132,6 +141,7 @@ def _supervise(
     resume: bool = False,
 ) -> int:
     from rlsys.board import Board
+    from rlsys.chronicle import chronicle
     from rlsys.progress import Progress
     from rlsys.report import lines, summarise
     from rlsys.supervisor import Phase, Supervisor
@@ -145,11 +155,22 @@ def _supervise(
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(supervisor.view, out, plain=plain))
         progress.say(f"run {directory.path}")
-        supervisor.on_event, supervisor.on_tick = progress.event, progress.tick
+        record = stack.enter_context(
+            chronicle(
+                directory.path, config.observe.log_mb, lambda: (supervisor.view.run_id, supervisor.view.snapshot.get("iteration", -1))
+            )
+        )
+
+        def on_event(event: Event) -> None:
+            progress.event(event)
+            record(event)
+
+        supervisor.on_event, supervisor.on_tick = on_event, progress.tick
         if tensorboard:
             board = stack.enter_context(Board(directory.path / "tensorboard"))
-            board.on_address = lambda address: progress.note(f"TensorBoard at {address} (ends with the run)")
+            board.on_address = lambda address: _show_board(supervisor, progress, address)
         ending = supervisor.run()
+        log.log(logging.ERROR if ending.outcome == "failed" else logging.INFO, "the run ended: %s, %s", ending.outcome, ending.reason)
     if ending.outcome == "failed":
         print(f"rlsys: the run failed: {ending.reason}", file=sys.stderr)
         if ending.role and not ending.user_error:
@@ -163,6 +184,11 @@ def _supervise(
         ended = {"reason": ending.reason, "role": ending.role, "exit_code": ending.exit_code, "run_dir": str(directory.path)}
         print(json.dumps({**figures, **ended}))
     return ending.exit_code
+
+
+def _show_board(supervisor: Supervisor, progress: Progress, address: str) -> None:
+    supervisor.view.tensorboard = address
+    progress.note(f"TensorBoard at {address} (ends with the run)")
 
 
 def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launcher: tuple[str, str], resume: bool = False) -> int:
@@ -192,22 +218,34 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launch
         if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > deadline:
             raise ConfigError(f"the run did not start; see {log}")
         time.sleep(0.02)
-    print(directory.path)
+    print(directory.path, flush=True)
+    if tensorboard:
+        print(_board_of(directory.path, child), file=sys.stderr)
     return 0
 
 
+def _board_of(run: Path, supervisor: int) -> str:
+    """Where the TensorBoard of a run is, once it has started; on standard error, because the output is the run directory alone."""
+    deadline = time.monotonic() + BOARD_S
+    while time.monotonic() < deadline and holder(run) == supervisor:
+        if address := (read_json(run / "status.json") or {}).get("tensorboard"):
+            return f"TensorBoard at {address} (ends with the run)"
+        time.sleep(0.1)
+    return f"TensorBoard has not answered yet; `rlsys status {run}` names its address once it does"
+
+
+BOARD_S = 60.0
+"""How long `up --detach --tensorboard` waits for the address. TensorBoard takes seconds to start, more on a busy machine."""
 SILENT_S = 30.0
 """The supervisor writes status.json every second; so long without it means that it hangs."""
 
 
 def status(run: Path, *, as_json: bool) -> int:
     """What the supervisor last wrote, and whether it still lives."""
-    content = read_json(run / "status.json")
-    if content is None:
-        raise ConfigError(f"{run}: holds no run (no status.json)")
+    content = read_status(run)
     ended = read_json(run / "exit.json")
     if ended is not None:
-        content["state"], content["ending"] = ended["outcome"], ended
+        content["state"], content["ending"] = ended.get("outcome", "unknown"), ended
     elif holder(run) is None:
         content["state"] = "dead"
     silent_s = time.time() - content["time_s"]
@@ -215,7 +253,7 @@ def status(run: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({**content, "supervisor_silent_s": round(silent_s, 1)}, indent=1))
         return 0
-    print(f"{content['run_dir']}: {content['state']}" + (f" ({ended['reason']})" if ended and ended["reason"] else ""))
+    print(f"{content['run_dir']}: {content['state']}" + (f" ({ended['reason']})" if ended and ended.get("reason") else ""))
     if content["state"] == "dead":
         print("  the supervisor is gone without an exit.json; its processes ended with it")
     if hung:
@@ -228,6 +266,9 @@ def status(run: Path, *, as_json: bool) -> int:
         print(
             f"  iteration {content['iteration']}/{content['iterations']}  reward {last['reward/mean']:.3f}  staleness {last['staleness/mean']:.2f}"
         )
+    for name, address in (("TensorBoard", content.get("tensorboard")), ("Prometheus", content.get("prometheus"))):
+        if address:
+            print(f"  {name} at {address}")
     for result in content.get("evaluations", []):
         print(f"  held-out pass@1 {result['pass_at_1']:.3f} at v{result['version']} ({result['problems']} problems)")
     for line in fleet_lines(content.get("fleets", {})):

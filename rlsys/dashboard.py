@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from rlsys.fleets import Fleets, role_of
 from rlsys.guards import Guards
 from rlsys.lines import BoundedLines, open_lines
 from rlsys.loggers import LOGGERS, LoggedRun, Logger
+from rlsys.report import read_iterations
 
 if TYPE_CHECKING:
     from actors.text import Text
@@ -51,6 +52,7 @@ class Dashboard:
         self._fleets = Fleets()
         self._observations = node.serve("observe", on_gone=self._fleets.left)
         run_dir = Path(node.spec.run_dir)
+        before = read_iterations(run_dir)
         self._metrics = open_lines(run_dir / "metrics.jsonl")
         self._events_dir = run_dir / "events"
         self._events_dir.mkdir(exist_ok=True)
@@ -58,6 +60,8 @@ class Dashboard:
         self._guards = Guards(config.guards)
         self._values: dict[str, Any] = {"iteration": 0, "iterations": config.iterations, "rewards": []}
         self._rewards: deque[float] = deque(maxlen=200)
+        for record in before:
+            self._go_on(record)
         self._next_s = 0.0
         self._text: Text | None = None
         self._shown: list[tuple[int, int, int]] = []
@@ -84,6 +88,7 @@ class Dashboard:
                     self._snapshot()
         except RunEnded:
             self._drain()
+            self._snapshot()  # the last numbers, told as this process leaves
             raise
         finally:
             self._log(lambda logger: logger.close())
@@ -143,8 +148,20 @@ class Dashboard:
         )
         for alarm in self._guards.observe(message.iteration, values):
             stop = self._config.guards.action == "stop"
+            log.warning("guard: %s", alarm.sentence, extra={"iteration": alarm.iteration})
             self._node.event("guard", guard=alarm.guard, iteration=alarm.iteration, what=alarm.what, look=alarm.look, stop=stop)
             self._event(Event(identity=self._node.identity, time_s=message.time_s, name="guard", data={"what": alarm.sentence}))
+
+    def _go_on(self, record: Mapping[str, Any]) -> None:
+        """An iteration that a dashboard before this one wrote: the screen and the guards go on from there."""
+        names = {name: float(value) for name, value in record.items() if "/" in name and value is not None}
+        self._rewards.append(names.get("reward/mean", float("nan")))
+        self._values.update(
+            iteration=int(record["iteration"]) + 1,
+            rewards=[finite(round(r, 4)) for r in self._rewards],
+            last={k: round(v, 6) for k, v in names.items()},
+        )
+        self._guards.observe(int(record["iteration"]), names)
 
     def _distribution(self, m: Distribution) -> None:
         edges, counts = m.edges.tolist(), m.counts.tolist()
@@ -204,12 +221,19 @@ class Dashboard:
                     self._node.event("logger failed", logger=name, error=f"{type(error).__name__}: {error}")
 
     def _snapshot(self) -> None:
-        now = self._fleets.now()
+        now, live = self._fleets.now(), self._fleets.live(time.monotonic())
         if self._exporter is not None:
-            self._exporter.update(now)
+            self._exporter.update(now | live)
         queues = {name: value for name, value in now.items() if name.startswith("queues/")}
         memory = {name: value for name, value in now.items() if name.startswith("memory/")}
-        values = {**self._values, "queues": queues, "memory": memory, "sampled_tokens": self._fleets.sum("generator/tokens")}
+        rounded = {name: round(value, 3) for name, value in live.items()}
+        values = {
+            **self._values,
+            "now": rounded,
+            "queues": queues,
+            "memory": memory,
+            "sampled_tokens": self._fleets.sum("generator/tokens"),
+        }
         self._node.tell(Snapshot(time_s=time.time(), values=values))
 
 

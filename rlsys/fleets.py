@@ -39,6 +39,9 @@ class Fleets:
         self._left: set[str] = set()
         self._seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._history: deque[tuple[float, dict[str, float]]] = deque()
+        self._recorded: dict[str, tuple[float, float]] = {}
+        """By role: seconds of waiting, and of all, since the start."""
+        self._recent: deque[tuple[float, dict[str, float], dict[str, tuple[float, float]]]] = deque()
 
     def gauge(self, identity: str, values: dict[str, float]) -> None:
         """The newest numbers of one process. One that was started again replaces what it was before."""
@@ -59,8 +62,11 @@ class Fleets:
         of_role = self._seconds[role_of(message.identity)]
         lengths = np.zeros(len(message.names))
         np.add.at(lengths, message.rows[:, 0], (message.rows[:, 2] - message.rows[:, 1]) / 1e6)
+        idle, total = self._recorded.get(role_of(message.identity), (0.0, 0.0))
         for name, seconds in zip(message.names, lengths.tolist(), strict=True):
             of_role[name] += seconds
+            idle, total = idle + seconds * is_waiting(name), total + seconds
+        self._recorded[role_of(message.identity)] = idle, total
 
     def sum(self, name: str) -> float:
         """A gauge over all processes."""
@@ -92,6 +98,28 @@ class Fleets:
             values["sandbox/scoring_s_mean"] = (scoring_s - then["scoring_s"]) / scored if scored > 0 else float("nan")
         self._history.append((now_s, counters))
         return values | self._shares()
+
+    def live(self, now_s: float) -> dict[str, float]:
+        """Rates and idle shares of the last RATE_WINDOW_S, under the names of `window`; empty before there are two moments.
+
+        Sampling and scoring go on all the time, training does not: its rate stays that of whole iterations.
+        """
+        counters = {
+            "throughput/sampled_tokens_per_s": self.sum("generator/tokens"),
+            "throughput/scored_samples_per_s": self.sum("rewarder/scored"),
+        }
+        self._recent.append((now_s, counters, {role: (idle, total) for role, (idle, total) in self._recorded.items()}))
+        while len(self._recent) > 2 and now_s - self._recent[1][0] >= RATE_WINDOW_S:
+            self._recent.popleft()
+        then_s, then, recorded = self._recent[0]
+        values = {}
+        if now_s > then_s:
+            values = {name: max(0.0, (value - then[name]) / (now_s - then_s)) for name, value in counters.items()}
+            for role, (idle, total) in self._recorded.items():
+                idle_then, total_then = recorded.get(role, (0.0, 0.0))
+                if total > total_then:
+                    values[f"idle/{role}"] = (idle - idle_then) / (total - total_then)
+        return values
 
     def _shares(self) -> dict[str, float]:
         values = {}

@@ -144,8 +144,7 @@ class Guards:
         return f"{now:.0%} of completions are cut off, at first {begin:.0%} were" if now - begin > self._settings.truncated_rise else ""
 
     def _variance(self) -> str:
-        filtered, trained = self._recent("data/groups_filtered"), self._recent("data/groups_trained")
-        share = filtered / (filtered + trained) if filtered + trained > 0 else float("nan")
+        share = self._recent("data/zero_variance_share")
         return f"{share:.0%} of groups have one score for all samples" if share >= self._settings.zero_variance_share else ""
 
     def _hacking(self) -> str:

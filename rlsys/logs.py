@@ -21,19 +21,21 @@ from protocol.clock import now_s
 from protocol.errors import ConfigError
 from protocol.intervals import here
 from protocol.node import ProcessSpec
+from rlsys.lines import open_lines
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Where(logging.Filter):
-    """Adds what the thread is at to every record."""
+    """Adds what the thread is at to every record, unless the record says it itself."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        activity = here()
-        place = {"iteration": activity.iteration, "group": activity.group} if activity else {}
+        iteration, group = here()
+        place = {"iteration": iteration, "group": group}
+        place |= {name: record.__dict__[name] for name in ("iteration", "group") if name in record.__dict__}
         at = [f"{name} {number}" for name, number in place.items() if number >= 0]
-        record.__dict__.update({"iteration": -1, "group": -1, **place, "at": f" [{', '.join(at)}]" if at else ""})
+        record.__dict__.update({**place, "at": f" [{', '.join(at)}]" if at else ""})
         return True
 
 
@@ -42,32 +44,40 @@ class JsonLines(logging.Formatter):
 
     def __init__(self, run_id: str, process: str, start: int) -> None:
         super().__init__()
-        self._who = {"run": run_id, "process": process, "start": start}
+        self._who = {"run": run_id, "role": process.rpartition("-")[0] or process, "process": process, "start": start}
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time_s": round(record.created, 6),
             "level": record.levelname.lower(),
             **self._who,
+            **({"run": record.__dict__["run"]} if "run" in record.__dict__ else {}),
             "logger": record.name,
             "message": record.getMessage(),
         }
         for name in ("iteration", "group"):
-            if getattr(record, name, -1) >= 0:
-                line[name] = getattr(record, name)
+            number = getattr(record, name, -1)
+            line[name] = number if number >= 0 else None
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+def machine_handler(run_dir: Path, run: str, process: str, start: int, log_mb: float) -> logging.Handler:
+    """What writes the records of a process to logs/<process>.jsonl."""
+    path = run_dir / "logs" / f"{process}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    open_lines(path).close()  # a process before this one may have died in the middle of a line
+    machine = RotatingFileHandler(path, maxBytes=int(log_mb * 1e6), backupCount=1, encoding="utf-8")
+    machine.setFormatter(JsonLines(run, process, start))
+    return machine
 
 
 def set_up(spec: ProcessSpec, log_mb: float) -> None:
     """Send the log records of this process to both files. Standard error already goes to the first."""
     human = logging.StreamHandler(sys.stderr)
     human.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s%(at)s: %(message)s"))
-    path = Path(spec.run_dir) / "logs" / f"{spec.name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    machine = RotatingFileHandler(path, maxBytes=int(log_mb * 1e6), backupCount=1, encoding="utf-8")
-    machine.setFormatter(JsonLines(spec.run_id, spec.name, spec.start))
+    machine = machine_handler(Path(spec.run_dir), spec.run_id, spec.name, spec.start, log_mb)
     for handler in (human, machine):
         handler.addFilter(Where())
     logging.basicConfig(level=logging.INFO, handlers=[human, machine], force=True)
@@ -116,9 +126,11 @@ def merged(directory: Path, role: str | None = None, since_s: float = 0.0, level
                 for line in file:
                     try:
                         record = json.loads(line)
-                    except ValueError:  # a last line that is being written
+                        wanted = record["time_s"] >= since_s and LEVELS.index(record["level"]) >= least
+                        _ = record["process"], record["message"]
+                    except (ValueError, KeyError, TypeError):  # a line that is being written, was torn, or is not ours
                         continue
-                    if record["time_s"] >= since_s and LEVELS.index(record["level"]) >= least:
+                    if wanted:
                         yield record["time_s"], path.stem, record
 
     found = [p for p in sorted(directory.glob("*.jsonl")) if role is None or p.stem == role or p.stem.rpartition("-")[0] == role]
@@ -138,7 +150,7 @@ class _nothing:  # noqa: N801 (reads like a function)
 def in_a_line(record: Mapping[str, Any]) -> str:
     """A record for people."""
     clock = time.strftime("%H:%M:%S", time.localtime(record["time_s"])) + f".{int(record['time_s'] * 1000) % 1000:03d}"
-    at = [f"{name} {record[name]}" for name in ("iteration", "group") if name in record]
+    at = [f"{name} {record[name]}" for name in ("iteration", "group") if record.get(name) is not None]
     place = f" [{', '.join(at)}]" if at else ""
     lines = f"\n{record['traceback']}" if "traceback" in record else ""
     return f"{clock} {record['level'].upper():<7} {record['process']:<13}{place} {record['message']}{lines}"

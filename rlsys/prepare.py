@@ -25,6 +25,7 @@ from learner.steps import STEP_OPTIONS, STEPS
 from protocol.errors import ConfigError, DataError
 from protocol.registry import resolve
 from rlsys.config import BUILTIN, RunConfig, explain
+from rlsys.loggers import check_installed
 
 QUICKSTART = "builtin:quickstart"
 SIMULATED = "builtin:simulated"
@@ -91,6 +92,7 @@ def check_plugins(config: RunConfig) -> list[str]:
         raise ConfigError(
             f"learner.step_options: step {config.learner.step!r} has no options, found {', '.join(config.learner.step_options)}"
         )
+    check_installed(config.observe.loggers)
     _check_speeds(config)
     return _missing(config)
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from protocol.messages import Event
-from rlsys.screen import duration, screen
+from rlsys.screen import duration, rates, screen
 from rlsys.states import from_data
 from rlsys.supervisor import View
 from rlsys.waits import servers
@@ -87,16 +87,15 @@ def _where(view: View) -> str:
     snapshot, last = view.snapshot, view.snapshot.get("last", {})
     if not last and view.training_since_s is not None:
         running = snapshot.get("queues", {}).get("queues/samples_running", 0)
-        return f"iteration 0/{view.config.iterations}  {running:.0f} samples running"
+        return f"iteration 0/{view.config.iterations}  {running:.0f} samples running  {rates(snapshot)}"
     if not last:
         ready = sum(p.registered is not None for p in view.processes.values())
         running = snapshot.get("queues", {}).get("queues/samples_running", 0)
         return f"starting: {ready} of {len(view.processes)} processes ready, {running:.0f} samples running"
-    rewards = snapshot.get("rewards", [])
-    recent = rewards[-5:]
+    recent = [reward for reward in snapshot.get("rewards", []) if reward is not None][-5:]
+    reward = f"{sum(recent) / len(recent):.3f}" if recent else "?"
     return (
-        f"iteration {snapshot['iteration']}/{snapshot['iterations']}  reward {sum(recent) / len(recent):.3f}  "
-        f"sampling {last.get('throughput/sampled_tokens_per_s', 0):,.0f} tok/s  training {last.get('train/tokens_per_s', 0):,.0f} tok/s  "
+        f"iteration {snapshot['iteration']}/{snapshot['iterations']}  reward {reward}  {rates(snapshot)}  "
         f"staleness {last['staleness/mean']:.2f} (max {last['staleness/max']:.0f})  left {time_left(view)}"
     )
 

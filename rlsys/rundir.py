@@ -162,6 +162,17 @@ def write_privately(path: Path, text: str) -> None:
         file.write(text)
 
 
+def read_status(run: Path) -> dict[str, Any]:
+    """What the supervisor last wrote. Raises ConfigError in one sentence when there is none, or it cannot be read."""
+    path = run / "status.json"
+    content = read_json(path)
+    if content is None or "time_s" not in content:
+        if path.is_file():
+            raise ConfigError(f"{path}: is no status of a run (it does not parse, or lacks its time)")
+        raise ConfigError(f"{run}: holds no run (no status.json)")
+    return {"processes": [], "run_dir": str(run), "state": "unknown", **content}
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None when there is none."""
     try:

@@ -33,13 +33,25 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def figure(value: float | None, form: str = ",.0f") -> str:
+    """A number, or a question mark where it is not known yet."""
+    return "?" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def rates(content: Mapping[str, Any]) -> str:
+    """Tokens a second: sampled, over the last seconds; trained, over the wall time of the last iterations, waits included."""
+    newest: Mapping[str, float] = {**(content.get("last") or {}), **(content.get("now") or {})}
+    sampling, training = (figure(newest.get(f"throughput/{kind}_tokens_per_s")) for kind in ("sampled", "trained"))
+    return f"sampling {sampling} tok/s  training {training} tok/s"
+
+
 def screen(content: Mapping[str, Any], events: Sequence[str] = (), now_s: float | None = None) -> RenderableType:
     """Everything at a glance. `content` is what `rlsys status --json` prints; what is not there yet is left out."""
     now = time.time() if now_s is None else now_s
-    if content.get("state", "running") != "running":  # it is over: as it was then
+    if content.get("state", "running") not in ("running", "ending"):  # it is over: as it was then
         now = content.get("time_s", now)
     age = now - content.get("time_s", now)
-    return Group(_head(content, now, age), _numbers(content), _processes(content, age), *_stall(content), *_events(events))
+    return Group(_head(content, now, age), *_stall(content), _numbers(content), _processes(content, age), *_events(events))
 
 
 def _head(content: Mapping[str, Any], now: float, age: float) -> RenderableType:
@@ -53,7 +65,8 @@ def _head(content: Mapping[str, Any], now: float, age: float) -> RenderableType:
     stale = f"   [red]no news for {age:.0f} s[/red]" if age > 5 else ""
     state = escape(str(content.get("state", "?")))
     text = f"[bold]{escape(str(content.get('run_dir', '')))}[/bold]  {state}\n{bar} iteration {done}/{total}"
-    return Text.from_markup(f"{text}   running {duration(now - content.get('since_s', now))}{left}{stale}")
+    reason = f"\n{escape(str(content['reason']))}" if content.get("reason") else ""
+    return Text.from_markup(f"{text}   running {duration(now - content.get('since_s', now))}{left}{stale}{reason}")
 
 
 def _numbers(content: Mapping[str, Any]) -> RenderableType:
@@ -65,11 +78,14 @@ def _numbers(content: Mapping[str, Any]) -> RenderableType:
         table.add_row("reward", f"[green]{sparkline(rewards)}[/green]  {sum(recent) / len(recent):.3f}")
     for result in content.get("evaluations", [])[-2:]:
         table.add_row("pass@1", f"{result['pass_at_1']:.3f} at v{result['version']} on {result['problems']} problems")
+    newest = {**last, **(content.get("now") or {})}
+    if newest:
+        scoring = figure(newest.get("throughput/scored_samples_per_s"), ",.1f")
+        table.add_row("rates", f"{rates(content)}  scoring {scoring} samples/s")
     if last:
-        rates = f"sampling {last.get('throughput/sampled_tokens_per_s', 0):,.0f} tok/s   training {last.get('train/tokens_per_s', 0):,.0f} tok/s"
-        table.add_row("rates", f"{rates}   scoring {last.get('throughput/scored_samples_per_s', 0):,.1f} samples/s")
         table.add_row("staleness", f"mean {last.get('staleness/mean', 0):.2f}, most {last.get('staleness/max', 0):.0f} versions")
-        idle = [f"{role} {last[f'idle/{role}']:.0%}" for role in ("generator", "rewarder", "learner") if f"idle/{role}" in last]
+    idle = [f"{role} {newest[f'idle/{role}']:.0%}" for role in ("generator", "rewarder", "learner") if f"idle/{role}" in newest]
+    if idle:
         table.add_row("idle", "   ".join(idle))
     queues = content.get("queues") or {}
     if queues:
@@ -88,7 +104,9 @@ def _processes(content: Mapping[str, Any], age: float) -> RenderableType:
         resident = memory.get("memory/" + process["name"].replace("-", "_"))
         what = doing.removeprefix(WAITING) if is_waiting(doing) else doing
         more = f" ({detail})" if detail else ""
-        if process.get("stopped") or process.get("silent_s", 0.0) + age > 5:
+        if not process.get("registered", True) and not process.get("stopped"):
+            line = "[dim]starting[/dim]"
+        elif process.get("stopped") or process.get("silent_s", 0.0) + age > 5:
             silent = f"{process.get('silent_s', 0.0) + age:.0f} s without a word"
             line = f"[red]{'stopped' if process.get('stopped') else 'silent'}, {silent}; last at {escape(doing)}[/red]"
         elif is_waiting(doing):

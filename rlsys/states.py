@@ -22,7 +22,12 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 def limits(config: RunConfig) -> Limits:
     """From when on something is strange in this run."""
     deadlines = config.deadlines
-    return Limits(silent_s=deadlines.silent_s, quiet_s=deadlines.quiet_s, deaf_s=max(deadlines.quiet_s, deadlines.heartbeat_s / 2))
+    return Limits(
+        silent_s=deadlines.silent_s,
+        quiet_s=deadlines.quiet_s,
+        deaf_s=max(deadlines.quiet_s, deadlines.heartbeat_s / 2),
+        startup_s=max(deadlines.quiet_s, deadlines.startup_s / 2),
+    )
 
 
 class Heard(Protocol):
@@ -128,6 +133,7 @@ def to_data(state: ProcessState) -> dict[str, Any]:
 
 
 def from_data(data: Mapping[str, Any], later_s: float = 0.0) -> ProcessState:
-    """A state that was written `later_s` seconds ago, as it is if nothing came since."""
+    """A state that was written `later_s` seconds ago. It has been at the same for so much longer, as far as anybody knows; that nothing was
+    heard of it since is the writer's silence and not its own."""
     state = ProcessState(**{spec.name: data[spec.name] for spec in fields(ProcessState) if spec.name in data})
-    return replace(state, for_s=state.for_s + later_s, silent_s=state.silent_s + later_s, quiet_s=state.quiet_s + later_s)
+    return replace(state, for_s=state.for_s + later_s)

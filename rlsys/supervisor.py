@@ -156,6 +156,9 @@ class View:
     """Training has ended; the last evaluation goes on."""
     status: dict[str, Any] = field(default_factory=dict)
     """What status.json holds; made anew every second."""
+    run_id: str = ""
+    tensorboard: str = ""
+    """Where a browser finds the TensorBoard that was started with the run."""
 
 
 class Supervisor:
@@ -243,6 +246,7 @@ class Supervisor:
         self._ledger = Ledger(path / "ledger.sqlite")
         if self._resume:
             self._take_over(self._ledger)
+        self.view.run_id = self._run_id
         self._weights_dir = choose_weights_dir(config, path, f"{self._run_id}-{self._epoch}" if self._resume else self._run_id)
         check_room(self._weights_dir, config)
         (path / WEIGHTS_DIR).write_text(str(self._weights_dir))
@@ -647,15 +651,20 @@ class Supervisor:
         self._mark_s, self._mark_cpu_s, self._phase = now, cpu, name
 
     def _tick(self) -> None:
-        if time.monotonic() >= self._next_status_s:
-            self._next_status_s = time.monotonic() + STATUS_S
-            self._states = self._observer.states(self._processes.values())
-            self._watch_movement()
-            self.view.status = self.status()
-            for process in self._processes.values():
-                bound(process.child.log_path, self.config.observe.log_mb * 1e6)
-            self._write("status.json", json.dumps(self.view.status))  # indented JSON is encoded in Python, slowly
+        self._write_status()
         self.on_tick()
+
+    def _write_status(self) -> None:
+        """Every STATUS_S, also while the run ends."""
+        if time.monotonic() < self._next_status_s:
+            return
+        self._next_status_s = time.monotonic() + STATUS_S
+        self._states = self._observer.states(self._processes.values())
+        self._watch_movement()
+        self.view.status = self.status()
+        for process in self._processes.values():
+            bound(process.child.log_path, self.config.observe.log_mb * 1e6)
+        self._write("status.json", json.dumps(self.view.status))  # indented JSON is encoded in Python, slowly
 
     def _write(self, name: str, text: str) -> None:
         """A file that tells of the run. A full disk ends no run by that: what the run itself needs says so on its own."""
@@ -697,7 +706,9 @@ class Supervisor:
             "run_dir": str(self.run_dir.path),
             "run_id": self._run_id,
             "pid": os.getpid(),
-            "state": "running" if self._ending is None else self._ending.outcome,
+            "state": "running" if self._ending is None else "ending",
+            "reason": self._ending.reason if self._ending else "",
+            "tensorboard": self.view.tensorboard,
             "time_s": now,
             "since_s": self.view.started_s,
             "training_since_s": self.view.training_since_s,
@@ -760,7 +771,8 @@ class Supervisor:
                 "iterations": self.config.iterations,
                 "iterations_done": self.config.iterations if ending.outcome == "done" else self.view.snapshot.get("iteration", 0),
             }
-            self._write("status.json", json.dumps(self.status() | {"processes": []}, indent=1))
+            over = {"state": ending.outcome, "processes": [], "queues": {}, "now": {}, "memory": {}, "prometheus": "", "tensorboard": ""}
+            self._write("status.json", json.dumps(self.status() | over, indent=1))
             self._write("exit.json", json.dumps(exit_record, indent=1) + "\n")
             (self.run_dir.path / "keys.json").unlink(missing_ok=True)
             for directory in (self._scratch, self._weights_dir):
@@ -787,14 +799,14 @@ class Supervisor:
             self._launcher.turn()
             if control is not None:
                 for peer, message in control.receive():  # also those that register only now must hear of the end
-                    if isinstance(message, Snapshot):
-                        self.view.snapshot = message.values
-                    elif isinstance(message, Register | Heartbeat) and peer not in told:
+                    self._note(peer, message)
+                    if isinstance(message, Register | Heartbeat) and peer not in told:
                         told.add(peer)
                         control.send(peer, Stop(reason=ending.reason or ending.outcome))
                 for identity in {p.child.spec.identity for p in self._processes.values()} - told:
                     if control.send(identity, Stop(reason=ending.reason or ending.outcome)):
                         told.add(identity)
+            self._write_status()
             now = time.monotonic()
             for process in self._processes.values():
                 if process.child.exit_code() is None and now > terminate_at:
@@ -809,9 +821,18 @@ class Supervisor:
                 spec, code = process.child.spec, process.child.exit_code()
                 self._ledger.stopped(spec.role, spec.index, spec.start, process.child.how() if code else "ended with the run")
         if control is not None:
-            for _, message in control.receive():
-                if isinstance(message, Snapshot):
-                    self.view.snapshot = message.values
+            for peer, message in control.receive():
+                self._note(peer, message)
+
+    def _note(self, peer: str, message: Message) -> None:
+        """What still counts while the run ends: who lives, and the last numbers."""
+        process = self._processes.get(peer.partition("@")[0])
+        if process is not None and process.child.spec.identity == peer:
+            process.heard_s = time.monotonic()
+            if isinstance(message, Heartbeat):
+                process.heartbeat = message
+        if isinstance(message, Snapshot):
+            self.view.snapshot = message.values
 
 
 NO_DOOR = (

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
 
-from protocol.errors import ConfigError
 from protocol.messages import Event
 from rlsys.lines import parse_lines
 from rlsys.progress import event_line
-from rlsys.rundir import holder, read_json
+from rlsys.rundir import holder, read_json, read_status
 from rlsys.screen import duration, screen
 
 REFRESH_S = 0.5
@@ -51,15 +50,24 @@ class Tail:
         return list(self.lines)
 
 
+def _ended(run: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """With how the run ended, if it has: the supervisor may have had no time to write its status again."""
+    ended = read_json(run / "exit.json")
+    if ended is not None:
+        done = {"iteration": ended["iterations_done"], "iterations": ended["iterations"]} if "iterations_done" in ended else {}
+        return {**content, **done, "state": ended.get("outcome", "unknown"), "reason": ended.get("reason", "")}
+    return (
+        content if holder(run) is not None else {**content, "state": "dead" if content.get("state") == "running" else content.get("state")}
+    )
+
+
 def top(run: Path, out: TextIO, *, once: bool) -> int:
     """Show it until the run ends or Ctrl-C; with `once`, and without a terminal, print it a single time."""
-    content = read_json(run / "status.json")
-    if content is None:
-        raise ConfigError(f"{run}: holds no run (no status.json)")
+    content = read_status(run)
     console = Console(file=out, highlight=False)
     tail = Tail(run / "metrics.jsonl", content.get("since_s", 0.0))
     if once or not console.is_terminal:
-        console.print(screen(content, tail.read()))
+        console.print(screen(_ended(run, content), tail.read()))
         return 0
     with Live(console=console, auto_refresh=False, screen=True) as live:
         try:
@@ -68,5 +76,5 @@ def top(run: Path, out: TextIO, *, once: bool) -> int:
                 time.sleep(REFRESH_S)
         except KeyboardInterrupt:
             return 0
-    console.print(screen(read_json(run / "status.json") or content, tail.read()))
+    console.print(screen(_ended(run, read_json(run / "status.json") or content), tail.read()))
     return 0

@@ -62,6 +62,8 @@ class Limits:
     """At work, without a result and without using the processor."""
     deaf_s: float = 30.0
     """Silent, although it computes."""
+    startup_s: float = 150.0
+    """Not registered, although it computes: imports take their time on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +172,9 @@ def _blame(state: ProcessState, ring: Sequence[ProcessState], limits: Limits, cl
     if state.stopped:
         return blame("stopped", state.silent_s, f"is stopped by a signal or a debugger, {state.silent_s:.0f} s after its last word, {at}")
     if not state.registered:
-        slow = state.silent_s > limits.quiet_s
-        return blame("starting", state.silent_s, f"has not finished starting for {state.silent_s:.0f} s") if slow else None
+        slow = state.silent_s > limits.startup_s or (state.silent_s > limits.quiet_s and not state.computing)
+        how = "" if state.computing else " and uses no processor"
+        return blame("starting", state.silent_s, f"has not finished starting for {state.silent_s:.0f} s{how}") if slow else None
     if state.silent_s > limits.silent_s and not state.computing:
         return blame("silent", state.silent_s, f"has been silent for {state.silent_s:.0f} s and uses no processor; it was last {at}")
     if state.silent_s > limits.deaf_s:
@@ -182,6 +185,9 @@ def _blame(state: ProcessState, ring: Sequence[ProcessState], limits: Limits, cl
         return blame(kind, for_s, text) if for_s > patience_s else None
     if not state.waits and state.role != "dashboard" and state.quiet_s > limits.quiet_s and not state.computing:
         return blame("stuck", state.quiet_s, f"has been {at} for {state.for_s:.0f} s without any result or processor time")
+    if (groups := _facts(state, "running")) and state.doing == "waiting:tasks" and min(state.for_s, state.quiet_s) > limits.quiet_s:
+        text = f"samples nothing for {state.for_s:.0f} s, though {len(groups)} groups are with it, the first is {groups[0][0]}: its engine lost them"
+        return blame("stuck", state.for_s, text)
     return _without_weights(state, ring, limits, clock_s)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.clock import now_s
-from protocol.errors import ConfigError
-from rlsys.rundir import holder, read_json
+from rlsys.rundir import holder, read_json, read_status
 from rlsys.states import from_data, kernel_view
 from rlsys.waits import Explanation, Limits, explain
 
@@ -21,14 +20,19 @@ SUPERVISOR_SILENT_S = 5.0
 
 def why(run: Path, *, as_json: bool) -> int:
     """Print the explanation. Exit code 0 also when somebody is to blame: it was asked for and given."""
-    content = read_json(run / "status.json")
-    if content is None:
-        raise ConfigError(f"{run}: holds no run (no status.json)")
+    content = read_status(run)
     supervisor = holder(run)
     if supervisor is None:
         ended = read_json(run / "exit.json")
-        text = f"the run is over: {ended['outcome']}, {ended['reason']}" if ended else "the supervisor is gone without an exit.json"
+        text = "the supervisor is gone without an exit.json"
+        if ended:
+            text = f"the run is over: {ended.get('outcome', 'unknown')}, {ended.get('reason', 'no reason is on record')}"
         print(json.dumps({"over": True, "sentence": text}) if as_json else text)
+        return 0
+    if content.get("state") == "ending" and time.time() - content["time_s"] < SUPERVISOR_SILENT_S:
+        left = [process["name"] for process in content["processes"]]
+        text = f"the run is ending: {content['reason']}" + (f"; still there: {', '.join(left)}" if left else "")
+        print(json.dumps({"over": False, "ending": True, "sentence": text, "guilty": []}) if as_json else text)
         return 0
     explanation, about_supervisor = explain_status(content, supervisor)
     if as_json:

@@ -6,10 +6,14 @@ Each runs in the dashboard's process; one that breaks is reported and left out, 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from protocol.errors import ConfigError
+from protocol.registry import resolve
 
 LOGGERS = {
     "tensorboard": "rlsys.loggers.tensorboard:TensorBoardLogger",
@@ -18,6 +22,20 @@ LOGGERS = {
     "mlflow": "rlsys.loggers.mlflow:MlflowLogger",
 }
 """Name in `observe.loggers` -> class. The class is built as `Class(run: LoggedRun)`. All but the first need an extra: `pip install rlsys[wandb]`."""
+
+
+PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+"""Name -> the package that it cannot do without; the extra is called like the logger."""
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UserError for a logger that does not exist or whose package is not there. Imports none of these packages."""
+    for name in names:
+        package = PACKAGES.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"observe.loggers: {package} is not installed; pip install 'rlsys[{name}]'")
+        if package is None and name not in LOGGERS:
+            resolve(name, LOGGERS, "logger")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

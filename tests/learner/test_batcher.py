@@ -96,7 +96,7 @@ def test_a_batch_waits_for_the_head_of_the_line() -> None:
     batcher = make_batcher(2)
     for number in (1, 2, 3):
         assert batcher.add(whole(number, 0.0, 1.0, 1.0)) == []
-    assert (batcher.missing(0), batcher.complete(0)) == (2, [])
+    assert (batcher.missing(0), batcher.ready) == (2, [1, 2, 3]), "complete groups that the next batch may not take yet are known as such"
     with pytest.raises(ValueError, match="batch 0 lacks 2 groups"):
         batcher.take(0)
     batcher.add(whole(0, 0.0, 1.0, 1.0))
@@ -105,6 +105,16 @@ def test_a_batch_waits_for_the_head_of_the_line() -> None:
         batcher.missing(0)
     assert [o.group_id for o in batcher.take(1).outcomes] == [2, 3]
     assert batcher.groups_taken == 4
+
+
+@pytest.mark.parametrize("zero_variance", ["drop", "keep"])
+def test_the_share_of_groups_with_one_score_does_not_depend_on_what_becomes_of_them(zero_variance: str) -> None:
+    """Two of three scored groups have one score; one is cut off as a whole, which is something else; of one nothing is known."""
+    batcher = make_batcher(4, zero_variance=zero_variance)
+    for number, scores in enumerate(((1.0, 1.0, 1.0), (0.0, 0.0, None), (None, None, None))):
+        batcher.add(whole(number, *scores))
+    batcher.add(whole(3, 0.0, 1.0, 1.0, finish_reason="length"))
+    assert batcher.take(0).metrics["data/zero_variance_share"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +253,7 @@ def test_metrics_are_those_computed_by_hand() -> None:
             "data/tokens": 24,
             "data/groups_trained": 1,
             "data/groups_filtered": 1,
+            "data/zero_variance_share": 1 / 2,
             "data/groups_rejected": 0,
             "data/groups_dropped": 0,
             "data/groups_failed": 0,

@@ -20,6 +20,17 @@ from tests.learner.conftest import save_model
 QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml")
 
 
+@pytest.mark.parametrize("command", ["check", "up"])
+def test_a_logger_whose_package_is_missing_is_found(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlsys.loggers.PACKAGES", {"wandb": "a_package_that_is_not_there"})
+    extra = ["--run-dir", str(tmp_path / "run")] if command == "up" else []
+    assert main([command, QUICKSTART, "--set", "observe.loggers=[wandb]", *extra]) == 2
+    assert "observe.loggers: a_package_that_is_not_there is not installed; pip install 'rlsys[wandb]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -31,6 +42,7 @@ QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.y
         ("data.train=/nonexistent.jsonl", "/nonexistent.jsonl: cannot be read"),
         ("learner.step=simulatd", "step 'simulatd' is not known; did you mean 'simulated'?"),
         ("learner.step_options.speed=3", "learner.step_options: step 'gradient' has no options, found speed"),
+        ("observe.loggers=[tensorbord]", "logger 'tensorbord' is not known; did you mean 'tensorboard'?"),
         ("generators.count=true", "generators.count is True: input should be a valid integer"),
         ("rewarders.reward=os:path", "rewarders.reward 'os:path' is a module, expected a class of (options) with score and close"),
         ("rewarders.reward=actors.rewards:Score", "rewarders.reward 'actors.rewards:Score'"),

@@ -47,6 +47,21 @@ def test_counters_become_rates_and_waits_become_idle_shares() -> None:
     assert "idle/generator" not in fleets.window(20.0), "nothing was recorded since"
 
 
+def test_figures_of_this_moment_do_not_wait_for_an_iteration() -> None:
+    fleets = Fleets()
+    fleets.gauge("generator-0@1", {"generator/tokens": 100.0})
+    assert fleets.live(10.0) == {}, "one moment has no rate"
+    fleets.gauge("generator-0@1", {"generator/tokens": 400.0})
+    fleets.intervals(intervals("generator-0@1", ("decode", 0, 3), ("waiting:tasks", 3, 4)))
+    live = fleets.live(12.0)
+    assert live["throughput/sampled_tokens_per_s"] == pytest.approx(150.0)
+    assert live["idle/generator"] == pytest.approx(0.25)
+    for second in range(13, 30):
+        fleets.intervals(intervals("generator-0@1", ("waiting:tasks", second - 1, second)))
+        live = fleets.live(float(second))
+    assert (live["throughput/sampled_tokens_per_s"], live["idle/generator"]) == (0.0, 1.0), "what was is over"
+
+
 @pytest.mark.parametrize(("identity", "role"), [("generator-0@1", "generator"), ("learner-12@3", "learner")])
 def test_the_role_of_an_identity(identity: str, role: str) -> None:
     assert role_of(identity) == role
@@ -88,6 +103,23 @@ def test_what_is_observed_can_be_read_back(ring: Ring, tmp_path: Path) -> None:
     assert next(r for r in records if "eval/pass_at_1" in r)["iteration"] == 2
     assert read_intervals(tmp_path, "generator-0") == [("decode", 1000.0, 1003.0), ("waiting:tasks", 1003.0, 1004.0)]
     assert idle_share(tmp_path, "generator-0") == pytest.approx(0.25)
+
+
+def test_a_dashboard_goes_on_where_one_before_it_stopped(ring: Ring, tmp_path: Path) -> None:
+    config = parse_config(minimal(tmp_path), "test")
+    rows = [{"time_s": 5.0 + k, "iteration": k, "reward/mean": 0.25 * k, "staleness/mean": 1.0, "train/kl": None} for k in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"time_s": 8.0, "iter')
+    role = ring.run("dashboard", lambda node: Dashboard(node, config).run())
+    ring.until(lambda: _newest(ring), "the first snapshot")
+    first = _newest(ring)
+    assert (first["iteration"], first["rewards"], first["last"]["staleness/mean"]) == (3, [0.0, 0.25, 0.5], 1.0)
+    learner = ring.link("learner-0@1", "observe", DASHBOARD)
+    learner.tell(metrics("learner-0@1", 3, 80.0, reward__mean=1.0, staleness__mean=1.0))
+    ring.until(lambda: _newest(ring)["iteration"] == 4, "the next iteration")
+    learner.tell(metrics("learner-0@1", 4, 90.0, reward__mean=1.0, staleness__mean=1.0))
+    ring.end(role)
+    ring.until(lambda: _newest(ring)["iteration"] == 5, "the last number, told by a dashboard that leaves")
+    assert [r["iteration"] for r in read_iterations(tmp_path)] == [0, 1, 2, 3, 4], "the torn line took nothing with it"
 
 
 def _newest(ring: Ring) -> dict[str, Any]:

@@ -15,8 +15,7 @@ HEALTHY = {
     "train/grad_norm": 0.3,
     "train/logprob_drift": 0.01,
     "data/truncated_share": 0.05,
-    "data/groups_filtered": 4.0,
-    "data/groups_trained": 12.0,
+    "data/zero_variance_share": 0.25,
     "reward/mean": 0.4,
     "data/completion_tokens_mean": 100.0,
 }
@@ -27,7 +26,7 @@ BROKEN: dict[str, Mapping[str, float]] = {
     "exploding gradient": {"train/grad_norm": 30.0},
     "log-prob drift": {"train/logprob_drift": 2.0},
     "truncation": {"data/truncated_share": 0.9},
-    "nothing to learn from": {"data/groups_filtered": 16.0, "data/groups_trained": 0.0},
+    "nothing to learn from": {"data/zero_variance_share": 1.05},
     "reward jump with shorter answers": {"reward/mean": 1.0, "data/completion_tokens_mean": 12.0},
 }
 
@@ -62,8 +61,7 @@ def test_a_healthy_run_that_learns_is_left_alone() -> None:
             "train/entropy": 0.5 * (1 - 0.6 * share),
             "reward/mean": 0.3 + 0.55 * share + 0.05 * math.sin(i),
             "data/completion_tokens_mean": 100 - 30 * share,
-            "data/groups_filtered": 2 + 10 * share,
-            "data/groups_trained": 14 - 10 * share,
+            "data/zero_variance_share": 0.12 + 0.7 * share,
         }
         assert guards.observe(i, values) == []
 

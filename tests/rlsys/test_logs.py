@@ -12,7 +12,9 @@ import pytest
 from protocol.clock import now_s
 from protocol.errors import ConfigError
 from protocol.intervals import Recorder, record_here
+from protocol.messages import Event
 from protocol.node import ProcessSpec
+from rlsys.chronicle import chronicle
 from rlsys.logs import bound, in_a_line, merged, seconds_of, set_up, show_merged
 
 
@@ -52,9 +54,9 @@ def test_every_line_says_run_process_iteration_and_group(directory: Path, capsys
         logging.getLogger("rlsys").critical("over", exc_info=True)
     first, second = merged(directory / "logs")
     assert first["run"] == "00000000000000ab"
-    assert (first["process"], first["start"], first["level"]) == ("learner-0", 2, "warning")
+    assert (first["role"], first["process"], first["start"], first["level"]) == ("learner", "learner-0", 2, "warning")
     assert (first["iteration"], first["group"], first["message"]) == (7, 812, "sample 3 is odd")
-    assert "iteration" not in second
+    assert (second["iteration"], second["group"]) == (7, None), "the last iteration that the thread was at; every line has both"
     assert "ValueError: broken" in second["traceback"]
     human = capsys.readouterr().err
     assert "WARNING rlsys.learner [iteration 7, group 812]: sample 3 is odd" in human
@@ -113,3 +115,33 @@ def test_times(text: str, seconds: float) -> None:
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(ConfigError, match="expected a time such as"):
         seconds_of(text)
+
+
+def test_the_supervisor_has_its_say_in_the_merged_view(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Restarts, stalls and what a run is told of; what others log themselves is not said twice."""
+    set_up(spec(directory, "dashboard"), 64.0)
+    logging.getLogger("rlsys.dashboard").warning("guard: %s", "entropy collapse at iteration 9", extra={"iteration": 9})
+    with chronicle(directory, 64.0, lambda: ("00000000000000cd", 12)) as record:
+        logging.getLogger("rlsys.supervisor").warning("learner-0@1 was killed by SIGKILL; it is started again in 1.0 s")
+        record(Event(identity="supervisor", time_s=0.0, name="stalled", data={"for_s": 30.0, "why": "generator-0 is stopped"}))
+        record(Event(identity="supervisor", time_s=0.0, name="restart", data={"how": "learner-0@1 was killed by SIGKILL"}))
+        record(Event(identity="dispatcher-0@1", time_s=0.0, name="training started", data={}))
+        record(Event(identity="x", time_s=0.0, name="of no interest", data={}))
+    logging.getLogger("rlsys.supervisor").warning("after the end")
+    records = [r for r in merged(directory / "logs") if r["process"] == "supervisor"]
+    assert [(r["level"], r["message"]) for r in records] == [
+        ("warning", "learner-0@1 was killed by SIGKILL; it is started again in 1.0 s"),
+        ("warning", "nothing has moved for 30 s: generator-0 is stopped"),
+        ("info", "dispatcher-0: training started"),
+    ]
+    assert {(r["run"], r["role"], r["iteration"], r["group"]) for r in records} == {("00000000000000cd", "supervisor", 12, None)}
+    assert [r["iteration"] for r in merged(directory / "logs", "dashboard", level="warning")][:1] == [9]
+    assert show_merged(directory, None, None, "warning", as_json=False) == 0
+    assert "supervisor    [iteration 12] nothing has moved for 30 s" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_record_is_left_out(directory: Path) -> None:
+    write(directory, "learner-0", (1.0, "info", "a"))
+    with (directory / "logs" / "learner-0.jsonl").open("a") as file:
+        file.write('{}\n[]\n{"time_s": "x", "level": "info"}\n{"time_s": 2.0, "level": "unheard of"}\n')
+    assert [r["message"] for r in merged(directory / "logs")] == ["a"]

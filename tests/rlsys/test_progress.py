@@ -17,7 +17,8 @@ from rlsys.supervisor import View
 from tests.configuration import minimal
 
 LAST = {
-    "staleness/mean": 0.5, "staleness/max": 1.0, "throughput/sampled_tokens_per_s": 1234.0, "train/tokens_per_s": 9.0,
+    "staleness/mean": 0.5, "staleness/max": 1.0, "throughput/sampled_tokens_per_s": 1234.0, "train/tokens_per_s": 999.0,
+    "throughput/trained_tokens_per_s": 9.0,
 }  # fmt: skip
 
 
@@ -80,6 +81,10 @@ def test_the_summary_before_and_while_training(view: View) -> None:
     view.training_since_s = time.time() - 20.0
     line = summary(view)
     assert line.startswith("iteration 2/4  reward 0.250  sampling 1,234 tok/s  training 9 tok/s  staleness 0.50 (max 1)  left 0:")
+    view.snapshot["now"] = {"throughput/sampled_tokens_per_s": 77.0}
+    assert "sampling 77 tok/s  training 9 tok/s" in summary(view), "of this moment where that is known"
+    first = View(view.config, view.run_dir, training_since_s=1.0)
+    assert summary(first) == "iteration 0/4  0 samples running  sampling ? tok/s  training ? tok/s", "what is not known is not 0"
     assert time_left(view) in ("0:20", "0:19", "0:21"), "ten seconds for each of the two that are left"
 
 

@@ -70,16 +70,41 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["top", str(tmp_path)]) == 2
     assert main(["why", str(tmp_path)]) == 2
     assert main(["logs", str(tmp_path / "nowhere"), "--merge"]) == 2
+    for command in ("timeline", "samples", "logs", "status", "top", "why"):
+        assert main([command, "x" * 300]) == 2, command
+        assert main([command, "/".join(["part"] * 3000)]) == 2, command
+    capsys.readouterr()
+    (tmp_path / "status.json").write_text('{"state": "runn')
+    for command in ("status", "top", "why"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "status.json: is no status of a run" in capsys.readouterr().err
     with pytest.raises(DataError, match="holds no journal"):
         list(read_trajectories(tmp_path))
     with pytest.raises(ConfigError):
         interval_of("1:x", "length")
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--verdict", "typo"], "--verdict typo: no sample has it; there are: wrong_answer (16), accepted (16)"),
+        (["--iteration", "10:3"], "--iteration 10:3: expected numbers from 0 on, the smaller one first"),
+        (["--iteration=-1"], "--iteration -1: expected numbers from 0 on"),
+        (["--length", ""], "--length : expected numbers"),
+        (["--reward-min", "nan"], "no score lies between them"),
+        (["--reward-min", "1", "--reward-max", "0"], "--reward-min 1 and --reward-max 0: no score lies between them"),
+    ],
+)
+def test_filters_that_can_match_nothing_are_refused(run: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["samples", str(run), *options]) == 2
+    assert says in capsys.readouterr().err
+
+
 STATUS = {
     "run_dir": "/runs/a", "state": "running", "time_s": 100.0, "since_s": 40.0, "training_since_s": 60.0, "iteration": 3, "iterations": 6,
     "rewards": [0.1, 0.2, 0.4], "evaluations": [{"pass_at_1": 0.3, "version": 0, "problems": 9}],
-    "last": {"throughput/sampled_tokens_per_s": 1234.0, "train/tokens_per_s": 99.0, "staleness/mean": 0.5, "staleness/max": 1, "idle/learner": 0.25},
+    "last": {"throughput/sampled_tokens_per_s": 1234.0, "throughput/trained_tokens_per_s": 99.0,
+             "staleness/mean": 0.5, "staleness/max": 1, "idle/learner": 0.25},
     "queues": {"queues/groups_outstanding": 7.0}, "memory": {"memory/learner_0": 5e8}, "stalled": True, "why": "generator-0 is [stopped]",
     "processes": [
         {"name": "learner-0", "pid": 5, "doing": "waiting:trajectories", "peer": "rewarder", "detail": "2 groups", "for_s": 9.0, "silent_s": 0.1},
@@ -104,6 +129,19 @@ def test_the_screen_shows_everything() -> None:
     ):  # fmt: skip
         assert part in text, part
     assert "no news" not in text
+    new = {
+        "name": "learner-1",
+        "pid": 8,
+        "doing": "starting",
+        "peer": "",
+        "detail": "",
+        "for_s": 19.0,
+        "silent_s": 19.0,
+        "registered": False,
+    }
+    line = next(row for row in text_of({**STATUS, "processes": [new]}, 101.0).splitlines() if "learner-1" in row)
+    assert "starting" in line and "silent" not in line, "imports take their time"
+    assert "training 99 tok/s" in text and "sampling 5 tok/s" in text_of({**STATUS, "now": {"throughput/sampled_tokens_per_s": 5.0}}, 101.0)
     assert "no news for 60 s" in text_of(STATUS, 160.0)
     assert "iteration 0/0" in text_of({}, 1.0), "nothing is there yet"
 
@@ -114,6 +152,16 @@ def test_top_without_a_terminal_prints_once(run: Path) -> None:
     assert top(run, out, once=False) == 0
     assert "iteration 3/6" in out.getvalue()
     assert "generator-1@1 refused v2: <torn>" in out.getvalue()
+
+
+def test_top_tells_how_a_run_ended(run: Path) -> None:
+    (run / "status.json").write_text(json.dumps(STATUS))
+    (run / "exit.json").write_text(
+        json.dumps({"outcome": "failed", "reason": "wandb is not installed", "iterations_done": 4, "iterations": 6})
+    )
+    out = io.StringIO()
+    assert top(run, out, once=True) == 0
+    assert "failed" in out.getvalue() and "wandb is not installed" in out.getvalue() and "iteration 4/6" in out.getvalue()
 
 
 def test_events_are_read_on_from_where_they_stopped(run: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +14,7 @@ import pytest
 
 from rlsys.states import from_data, to_data
 from rlsys.waits import Limits, ProcessState, explain, nothing_moves
+from rlsys.why import explain_status
 
 LIMITS = Limits(silent_s=5.0, quiet_s=30.0, deaf_s=60.0)
 NOW = 1000.0
@@ -204,6 +210,41 @@ def test_a_circle_of_waits_is_shown_when_nobody_is_to_blame() -> None:
     assert nothing_moves(states, 30.0)
 
 
+def test_groups_that_the_learner_holds_are_not_waited_for() -> None:
+    """The head of the line is missing: groups behind it are complete, and nobody is told to hurry for them."""
+    learner = {"version": 3, "published_s": NOW - 41, "wanted": 3, "missing": [[12, 3]], "complete": [11, 13, 14, 15]}
+    waits = [w for w in explain(ring(learner_0={"facts": learner}), LIMITS, NOW).waits if w.waiter == "learner-0"]
+    assert [(w.on, w.what) for w in waits] == [("generator-1", "3 samples of group 12")]
+
+
+def test_a_generator_whose_engine_lost_its_samples_is_stuck() -> None:
+    lost = {"doing": "waiting:tasks", "peer": "dispatcher", "for_s": 31.0, "quiet_s": 31.0}
+    assert blamed(ring(generator_1=lost)) == [("generator-1", "stuck")]
+    assert "though 1 groups are with it, the first is 12" in explain(ring(generator_1=lost), LIMITS, NOW).sentence
+    assert blamed(ring(generator_1={**lost, "for_s": 2.0})) == []
+    assert blamed(ring(generator_1={**lost, "facts": {"version": 3, "running": []}})) == []
+
+
+def test_who_starts_is_blamed_for_a_hang_and_not_for_long_imports() -> None:
+    start = {"registered": False, "doing": "starting", "peer": ""}
+    assert blamed(ring(learner_0={**start, "silent_s": 100.0, "computing": True})) == []
+    assert blamed(ring(learner_0={**start, "silent_s": 31.0, "computing": False})) == [("learner-0", "starting")]
+    assert blamed(ring(learner_0={**start, "silent_s": 151.0, "computing": True})) == [("learner-0", "starting")]
+
+
+def test_a_supervisor_that_stands_still_puts_nobody_else_on_the_bench() -> None:
+    """What it wrote is 20 s old: of the others nothing is known since, which is no fault of theirs."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as stopped:
+        os.kill(stopped.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+        states = [{"pid": os.getpid(), **to_data(replace(s, computing=False, silent_s=min(s.silent_s, 0.5), quiet_s=1.0))} for s in ring()]
+        content = {"time_s": time.time() - 20.0, "processes": states, "limits": {"silent_s": 5.0, "quiet_s": 30.0, "deaf_s": 60.0}}
+        found, about = explain_status(content, stopped.pid)
+        stopped.kill()
+    assert found.guilty == ()
+    assert about.startswith(f"the supervisor (process {stopped.pid}) is stopped: it has written nothing for 20 s")
+
+
 def test_movement() -> None:
     still = [replace(s, quiet_s=31.0) for s in ring()]
     assert nothing_moves(still, 30.0)
@@ -218,7 +259,7 @@ def test_movement() -> None:
 def test_states_come_back_from_the_status_file_older() -> None:
     state = ring()[0]
     back = from_data({"pid": 5, "addresses": {}, **to_data(state)}, later_s=2.0)
-    assert back == replace(state, for_s=43.0, silent_s=2.2, quiet_s=43.0)
+    assert back == replace(state, for_s=43.0), "who wrote it may be the one that is silent since"
 
 
 def test_machines_get_the_same() -> None:

@@ -23,7 +23,9 @@ from typing import Any
 
 from protocol.errors import ConfigError, UserError
 from protocol.intervals import Recorder
+from protocol.messages import Event
 from rlsys.config import RunConfig, load_config
+from rlsys.launchers.local import cpu_seconds
 from rlsys.prepare import prepare
 from rlsys.rundir import RunDir, read_json
 from rlsys.supervisor import Supervisor
@@ -48,14 +50,23 @@ def variant(config: RunConfig, iterations: int, changes: dict[str, Any]) -> RunC
 
 
 def measure(config: RunConfig, directory: Path) -> dict[str, float]:
-    """Run it; seconds of its training."""
+    """Run it; wall and processor seconds of its training, and the processor seconds of each process with its children."""
     run_dir = RunDir(directory)
     run_dir.claim(config)
-    ending = Supervisor(config, run_dir).run()
+    supervisor = Supervisor(config, run_dir)
+    marks: dict[str, dict[str, float]] = {}
+
+    def on_event(event: Event) -> None:
+        if event.name in ("training started", "training ended"):
+            marks[event.name] = {name: cpu_seconds({process.pid}) for name, process in supervisor.view.processes.items()}
+
+    supervisor.on_event = on_event
+    ending = supervisor.run()
     if ending.outcome != "done":
         raise ConfigError(f"the run {ending.outcome}: {ending.reason}")
     phases = {phase["name"]: phase for phase in (read_json(directory / "exit.json") or {})["phases"]}
-    return {"wall_s": phases["training"]["wall_s"], "cpu_s": phases["training"]["cpu_s"]}
+    each = {name: seconds - marks["training started"][name] for name, seconds in marks["training ended"].items()}
+    return {"wall_s": phases["training"]["wall_s"], "cpu_s": phases["training"]["cpu_s"], **each}
 
 
 def sums(run_dir: Path) -> dict[str, dict[str, float]]:
@@ -117,11 +128,18 @@ def main() -> int:
         key: statistics.median(f[key] for f in figures["on"]) / statistics.median(f[key] for f in figures["off"]) - 1
         for key in ("wall_s", "cpu_s")
     }
+    by_process = {
+        name: tuple(statistics.median(f[name] for f in figures[kind]) for kind in ("off", "on"))
+        for name in figures["on"][0]
+        if not name.endswith("_s")
+    }
     worst = max(abs(one["recorded_s"] / one["wall_s"] - 1) for one in added.values())
     if options.json:
         print(json.dumps({"runs": figures, "cost": cost, "sums": added, "worst_gap": worst, "recording_share": share}))
         return 0
     print(f"cost of looking: {cost['cpu_s']:+.1%} of processor time, {cost['wall_s']:+.1%} of wall time")
+    for name, (off, on) in by_process.items():
+        print(f"  {name:<14} {off:7.2f} processor s with nothing observed, {on:7.2f} with everything ({on - off:+.2f})")
     print_sums(added, share)
     return 0
 

@@ -119,7 +119,7 @@ def read_story(run_dir: Path) -> Story:
     return Story(
         run_dir=run_dir,
         name=str(config.get("name", "run")),
-        state=ended["outcome"] if ended else status.get("state", "unknown"),
+        state=ended.get("outcome", "unknown") if ended else status.get("state", "unknown"),
         reason=(ended or {}).get("reason", ""),
         config=config,
         start_s=start,

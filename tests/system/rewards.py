@@ -64,6 +64,16 @@ class HangingReward(LengthReward):
         return super().score(sample)
 
 
+class HangingThenBusyReward(LengthReward):
+    """Waits for a file, and then computes without an end until there is another."""
+
+    def score(self, sample: Sample) -> Score:
+        wait_for_file(self._options["file"])
+        while not Path(self._options["busy"]).exists():
+            sum(range(20_000))
+        return super().score(sample)
+
+
 class HoldingReward(LengthReward):
     """The samples of some problems wait for a file each; all others are scored at once."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlsys.logs import merged
 from tests.system.conftest import Run, alive, members
 
 ROLES = ["dispatcher-0", "generator-0", "rewarder-0", "learner-0", "dashboard-0"]
@@ -54,6 +55,26 @@ def test_without_restarts_a_crash_names_the_guilty_role(config: dict[str, Any], 
     assert run.exit_record["role"] == victim
     assert f"{victim}@1 was killed by SIGKILL" in run.err
     assert f"logs are in {run.path / 'logs'}" in run.err
+
+
+def test_a_guard_may_end_a_run(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    """Sampler and trainer never agree to a thousandth of a millionth of a nat: the guard speaks once it has five iterations to go by."""
+    run = start(endless(config) | {"guards": {"action": "stop", "drift": 1e-9}}, "--plain")
+    assert run.wait() == 1
+    said = "guard: log-prob drift at iteration 4: log-probs of sampler and trainer differ by "
+    assert f"rlsys: the run failed: {said}" in run.err
+    assert "Look at: whether sampler and trainer use the same dtype and chat template" in run.out
+    record = run.exit_record
+    assert (record["outcome"], record["exit_code"], record["role"]) == ("failed", 1, "")
+    assert record["reason"].startswith(said)
+    assert record["iterations_done"] >= 5, "what was trained while the news travelled counts"
+    guard = next(r for r in merged(run.path / "logs", level="warning") if "drift" in r["message"])
+    assert (guard["process"], guard["iteration"]) == ("dashboard-0", 4)
+    assert any(r["message"].startswith("the run ended: failed, guard: log-prob drift") for r in merged(run.path / "logs", "supervisor"))
+    shown = rlsys("top", str(run.path)).stdout
+    assert said in shown, "top says why it is over"
+    assert "samples running" not in shown, "and nothing of what no longer runs"
+    assert said in rlsys("why", str(run.path)).stdout
 
 
 def test_ctrl_c_ends_in_order(config: dict[str, Any], start: Callable[..., Run]) -> None:

@@ -104,13 +104,40 @@ def test_a_stopped_process_is_named_wherever_it_stands(config: dict[str, Any], s
 
 
 def test_a_hang_inside_a_living_process_is_named(config: dict[str, Any], start: Callable[..., Run], tmp_path: Path) -> None:
-    """A reward that never returns fills the channel before it; weights that are never taken starve the ring behind them."""
-    config, scored, taken = patient(config), tmp_path / "scored", tmp_path / "taken"
-    config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(scored)}}
+    """A reward that never returns fills the channel before it; one that computes for as long is slow and not to blame; weights that are never
+    taken starve the ring behind them."""
+    config, scored, busy, taken = patient(config), tmp_path / "scored", tmp_path / "busy", tmp_path / "taken"
+    options = {"file": str(scored), "busy": str(busy)}
+    config["rewarders"] = {"reward": "tests.system.rewards:HangingThenBusyReward", "options": options, "concurrency": 1}
     config["generators"] |= {"count": 1, "engine": "tests.system.test_why:LateWeights", "options": {"file": str(taken)}}
     run = start(config, "--plain")
-    for guilty, doing, file in (("rewarder-0", "'scoring'", scored), ("generator-0", "'swap weights' (v3)", taken)):
-        status = run.until(lambda status, guilty=guilty: blamed(run, status) == {guilty} and status, f"blame of {guilty}")
-        assert doing in explain_status(status, run.process.pid)[0].sentence
-        file.touch()
+
+    status = run.until(lambda status: blamed(run, status) == {"rewarder-0"} and status, "blame of rewarder-0")
+    found = explain_status(status, run.process.pid)[0]
+    assert "'scoring'" in found.sentence
+    [full] = [wait for wait in found.waits if wait.waiter == "generator-0"]
+    assert full.on == "rewarder-0" and full.what.startswith("reward credit (") and "completions wait to be scored" in full.what
+
+    scored.touch()
+    run.until(lambda status: not blamed(run, status), "a reward that computes again")
+    before = quiet_s(run.status(), "rewarder-0")
+    run.until(
+        lambda status: never_blamed(run, status) and quiet_s(status, "rewarder-0") > before + 5.0, "five more seconds without a score"
+    )
+
+    busy.touch()
+    status = run.until(lambda status: blamed(run, status) == {"generator-0"} and status, "blame of generator-0")
+    assert "'swap weights' (v3)" in explain_status(status, run.process.pid)[0].sentence
+    taken.touch()
     moves_on(run)
+
+
+def quiet_s(status: dict[str, Any], name: str) -> float:
+    """Since when a process has had no result."""
+    return float(next(process["quiet_s"] for process in status["processes"] if process["name"] == name))
+
+
+def never_blamed(run: Run, status: dict[str, Any]) -> bool:
+    found = blamed(run, status)
+    assert not found, f"{found} computes, and is blamed"
+    return True

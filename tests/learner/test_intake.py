@@ -87,6 +87,10 @@ def test_the_trainer_waits_for_its_batch_and_no_longer(scene: Scene) -> None:
     rewarder.tell(trajectory(0, 0, 1.0))
     scene.ring.until(lambda: "group 0 lacks 1 samples" in recorder.activity.detail, "the wait says what is missing")
     assert (recorder.activity.name, recorder.activity.peer) == ("waiting:trajectories", "rewarder")
+    for index in range(2):
+        rewarder.tell(trajectory(1, index, float(index), iteration=1))
+    scene.ring.until(lambda: scene.intake.facts()["complete"] == [1], "a group behind it is complete, which `rlsys why` has to know")
+    assert (scene.intake.facts()["wanted"], scene.intake.facts()["missing"]) == (0, [(0, 1)])
     rewarder.tell(trajectory(0, 1, 0.0))
     scene.ring.until(lambda: got, "the batch")
     assert [(s.group_id, s.index) for s in got[0].samples] == [(0, 0), (0, 1)]

@@ -66,7 +66,7 @@ def export_adapters(checkpoint: Checkpoint, model_dir: Path, lora: LoraSettings,
     try:
         aside.mkdir(parents=True)
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        (aside / "adapter_config.json").write_text(json.dumps(adapter_config(lora, str(model_dir)), indent=1))
+        (aside / "adapter_config.json").write_text(json.dumps(adapter_config(lora, str(model_dir), tensors), indent=1))
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     except (OSError, SafetensorError) as error:

@@ -10,7 +10,7 @@ leaving it needs no second model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -105,15 +105,16 @@ def adapter_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in tensors.items() if ".lora_" in name}
 
 
-def adapter_config(settings: LoraSettings, base_model: str) -> dict[str, Any]:
-    """`adapter_config.json` of a peft directory."""
+def adapter_config(settings: LoraSettings, base_model: str, tensors: Iterable[str]) -> dict[str, Any]:
+    """`adapter_config.json` of a peft directory with these tensors. Layers are named, because engines other than peft know no `all-linear`."""
+    kinds = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
-        "target_modules": settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules),
+        "target_modules": kinds if settings.target_modules == "all-linear" else list(settings.target_modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

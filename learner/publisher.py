@@ -84,9 +84,10 @@ class Publisher:
             save_shards(directory, tensors, self.dtype)
             return
         path = directory / ADAPTERS
-        save_file({name: tensor.to(self.dtype).cpu().contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"})
+        held = {name: tensor.to(self.dtype).cpu().contiguous() for name, tensor in tensors}
+        save_file(held, path, metadata={"format": "pt"})
         path.chmod(0o644)
-        config = adapter_config(self._adapters, str(self._model_dir))
+        config = adapter_config(self._adapters, str(self._model_dir), held)
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
     def export(self, target: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

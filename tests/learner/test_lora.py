@@ -67,7 +67,7 @@ def test_adapters_alone_load_in_peft(tmp_path: Path, model_dir: Path) -> None:
     assert step.settings.lora is not None
     tensors = {name: tensor.detach().contiguous() for name, tensor in adapter_tensors(step.model.named_tensors()).items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config(step.settings.lora, str(model_dir))))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config(step.settings.lora, str(model_dir), tensors)))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64), str(tmp_path))
     torch.testing.assert_close(logits(loaded), logits(step.model.network), rtol=1e-6, atol=1e-6)
 

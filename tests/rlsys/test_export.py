@@ -78,6 +78,8 @@ def test_adapters_are_merged_or_alone(tmp_path: Path, model_dir: Path, capsys: p
     torch.testing.assert_close(logits(loaded), logits(step.model.network), rtol=1e-4, atol=1e-4)
     assert export(capsys, tmp_path, tmp_path / "adapter", "--adapter")[0] == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert named == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
 def test_a_checkpoint_that_was_copied_away_still_says_what_it_is(

@@ -250,6 +250,24 @@ def test_the_example_configuration_learns_resumes_and_loads(
     assert parse_sft_config(__import__("yaml").safe_load(dump_sft_config(config)), "again") == config
 
 
+def test_checkpoints_stay_as_the_configuration_says(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 7)
+    content = {
+        "model": {"path": str(model)}, "data": {"train": str(data)}, "samples_per_step": 1, "checkpoint_every": 2,
+        "learner": {"device": "cpu", "dtype": "float32", "checkpoints": {"keep_last": 1, "keep_every": 3}},
+    }  # fmt: skip
+    config = parse_sft_config(content, "test")
+    assert fine_tune(config, read_material(config), tmp_path / "out", SingleProcess(), lambda *_: None) == 7
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["00000003", "00000006"]
+    for changes, message in (
+        ({"checkpoint_every": 0}, "learner.checkpoints says which stay, but checkpoint_every is 0"),
+        ({"learner": {"commit_every": 2}}, "learner.commit_every is of runs"),
+        ({"learner": {"sharding": "full"}}, "learner.sharding is full but ranks is 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_sft_config({**content, **changes}, "test")
+
+
 def test_it_learns_a_cipher_with_muon_and_does_so_the_same_way_twice(model: Path, tmp_path: Path) -> None:
     letters = np.random.default_rng(3).integers(0, 9, 16 * 40)
     data = write(tmp_path / "a.jsonl", [{"prompt": "abcdefghi"[i], "completion": "jklmnopqr"[i]} for i in letters])

@@ -47,6 +47,16 @@ class FaultyReward(LengthReward):
         return super().score(sample)
 
 
+class OnceNotFinite(LengthReward):
+    """NaN for the first sample that it sees."""
+
+    seen = 0
+
+    def score(self, sample: Sample) -> Score:
+        self.seen += 1
+        return Score(value=float("nan"), status="accepted") if self.seen == 1 else super().score(sample)
+
+
 class SlowReward(LengthReward):
     """Takes its time, so that kills hit a run in the middle; until a file appears, if one is named."""
 

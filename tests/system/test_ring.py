@@ -102,6 +102,26 @@ def test_two_sharded_ranks_over_tcp_give_the_losses_of_one(config: dict[str, Any
     )
 
 
+def test_sharded_adapters_alone_a_reward_of_nan_and_the_checkpoints_that_stay(config: dict[str, Any], start: Callable[..., Run]) -> None:
+    config["rewarders"] = {"reward": "tests.system.rewards:OnceNotFinite"}
+    config["evaluation"] = {"at_start": False, "at_end": False}
+    config["learner"] |= {
+        "ranks": 2, "sharding": "full", "lora": {"rank": 4, "publish": "adapter"}, "commit_every": 1, "zero_variance": "keep",
+        "checkpoints": {"keep_last": 1, "keep_every": 3},
+    }  # fmt: skip
+    run = start(config)
+    assert run.wait() == 0, run.err
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["00000003", "00000004"]
+    everything = trajectories(run.path)
+    [broken] = [t for t in everything if t.status == "not_finite"]
+    assert (broken.score, broken.passed) == (None, False)
+    assert f"sample {broken.group_id}/{broken.index}" in (run.path / "logs" / "rewarder-0.log").read_text()
+    assert sum(r.get("reward/samples_not_finite") or 0.0 for r in records(run)) == 1.0
+    newest = {int(t.spans[-1, 0]) for t in everything if len(t.spans)}
+    assert max(newest) >= 3, "generators took versions of adapters, each of which proved itself on its canary"
+    assert (run.path / "final_model" / "model.safetensors").is_file()
+
+
 def test_faults_of_the_judge_never_become_scores(config: dict[str, Any], start: Callable[..., Run]) -> None:
     config["rewarders"] = {"reward": "tests.system.rewards:FaultyReward", "retries": 1}
     config["iterations"] = 2

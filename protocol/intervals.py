@@ -184,13 +184,18 @@ class Recorder:
         with self._lock:
             self._close(self._clock())
             rows, self._rows = self._rows, []
-            names = sorted({row[0] for row in rows})
-            place = {name: i for i, name in enumerate(names)}
             offset = rows[0][1] if rows else self._started_s
-            table = np.array(
-                [(place[n], round((a - offset) * 1e6), round((b - offset) * 1e6), k, g) for n, a, b, k, g in rows], np.int64
-            ).reshape(-1, 5)
-            return Intervals(identity=self._identity, names=names, rows=table, offset_s=offset + clock_offset_s, track=self.track)
+        table = np.zeros((len(rows), 5), np.int64)
+        names: list[str] = []
+        if rows:
+            activities, starts, ends, iterations, groups = zip(*rows, strict=True)
+            names = sorted(set(activities))
+            place = {name: i for i, name in enumerate(names)}
+            table[:, 0] = [place[name] for name in activities]
+            table[:, 1] = np.rint((np.array(starts) - offset) * 1e6)
+            table[:, 2] = np.rint((np.array(ends) - offset) * 1e6)
+            table[:, 3], table[:, 4] = iterations, groups
+        return Intervals(identity=self._identity, names=names, rows=table, offset_s=offset + clock_offset_s, track=self.track)
 
 
 _here: ContextVar[Recorder | None] = ContextVar("recorder", default=None)

@@ -220,11 +220,11 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launch
         time.sleep(0.02)
     print(directory.path, flush=True)
     if tensorboard:
-        print(_board_of(directory.path, child), file=sys.stderr)
+        print(board_of(directory.path, child), file=sys.stderr)
     return 0
 
 
-def _board_of(run: Path, supervisor: int) -> str:
+def board_of(run: Path, supervisor: int) -> str:
     """Where the TensorBoard of a run is, once it has started; on standard error, because the output is the run directory alone."""
     deadline = time.monotonic() + BOARD_S
     while time.monotonic() < deadline and holder(run) == supervisor:

@@ -17,9 +17,10 @@ from protocol.errors import RunEnded
 from protocol.messages import Snapshot
 from protocol.node import Node, ProcessSpec
 from rlsys.chronicle import chronicle
+from rlsys.commands import board_of
 from rlsys.config import RunConfig, parse_config
 from rlsys.logs import merged
-from rlsys.rundir import RunDir, read_json
+from rlsys.rundir import RunDir, read_json, write_atomically
 from rlsys.supervisor import Supervisor
 from rlsys.top import top
 from rlsys.why import why
@@ -153,3 +154,14 @@ def test_nobody_is_blamed_while_a_run_ends(tmp_path: Path, monkeypatch: pytest.M
     assert capsys.readouterr().out == "the run is ending: told to stop; still there: dashboard-0\n"
     assert why(tmp_path, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["guilty"] == []
+
+
+def test_a_detached_run_names_its_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlsys.commands.holder", lambda run: 5)
+    (tmp_path / "status.json").write_text('{"tensorboard": ""}')
+    writer = threading.Timer(0.3, lambda: write_atomically(tmp_path / "status.json", '{"tensorboard": "http://127.0.0.1:2/"}'))
+    writer.start()
+    assert board_of(tmp_path, 5) == "TensorBoard at http://127.0.0.1:2/ (ends with the run)"
+    writer.join()
+    (tmp_path / "status.json").unlink()
+    assert "`rlsys status" in board_of(tmp_path, 6), "the run has ended meanwhile: nothing is waited for"

@@ -40,7 +40,8 @@ def check(paths: Sequence[Path], overrides: Sequence[str], *, as_json: bool) -> 
             check_files(config)
         except UserError as error:
             faults += 1
-            print(f"rlsys: {error}", file=sys.stderr)
+            named = len(paths) == 1 or str(path) in str(error)
+            print("\n".join(f"rlsys: {line}" if named else f"rlsys: {path}: {line}" for line in str(error).splitlines()), file=sys.stderr)
             continue
         resolved.append({"file": str(path), "config": config.model_dump(mode="json"), "missing": missing})
         if not as_json:

@@ -42,6 +42,9 @@ def describe(config: RunConfig) -> list[str]:
         when += [f"every {config.evaluation.every} iterations"] if config.evaluation.every else []
         evaluation = f"{config.data.eval}, {config.evaluation.samples} samples each, {' and '.join(when) or 'never'}"
     invariant = ", batch-invariant" if engine_options(config).get("batch_invariant") else ""
+    notes = []
+    if lr.kl.coefficient and lr.kl.estimator == "k1":
+        notes.append("note        learner.kl.estimator k1 has a gradient of 0 on average, so it holds nothing back; k2 and k3 do")
     return [
         f"run         {config.name}: {config.iterations} iterations of {s.groups_per_iteration} groups x {s.group_size} = {samples} samples",
         f"schedule    {describe_schedule(config)}",
@@ -53,4 +56,5 @@ def describe(config: RunConfig) -> list[str]:
         f"rewarders   {w.count} x {w.reward}, {w.concurrency} at once",
         f"learner     {lr.ranks} rank(s) on {lr.device}, {lr.threads} thread(s), {lr.dtype}, {lr.objective}, {lr.advantage}, lr {lr.optimizer.lr:g}",
         f"processes   {len(processes(config)) + 1} with the supervisor, over {config.transport.kind}",
+        *notes,
     ]

@@ -271,8 +271,10 @@ def test_a_directory_without_a_run_is_one_line(tmp_path: Path, command: str, cap
 def test_check_goes_on_after_a_fault_and_prints_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = minimal(tmp_path)
     good, bad = write(tmp_path / "good.yaml", content), write(tmp_path / "bad.yaml", {**content, "iterations": 0})
-    assert main(["check", str(bad), str(good), "--set", "generators.count=2"]) == 2
+    lost = write(tmp_path / "lost.yaml", {**content, "model": {"path": "/nowhere"}})
+    assert main(["check", str(bad), str(lost), str(good), "--set", "generators.count=2"]) == 2
     output = capsys.readouterr()
+    assert f"rlsys: {lost}: model.path is /nowhere: no such directory" in output.err, "of several files each fault names its own"
     assert f"{good}: ok" in output.out
     assert "generators  2 x embedded" in output.out
     assert f"rlsys: {bad}: iterations is 0" in output.err

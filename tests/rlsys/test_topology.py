@@ -29,3 +29,9 @@ def test_the_description_names_what_would_run(tmp_path: Path) -> None:
     assert "processes   8 with the supervisor, over ipc" in text
     evaluated = {**content, "data": {**content["data"], "eval": content["data"]["train"]}, "evaluation": {"every": 5, "at_start": False}}
     assert "8 samples each, at the end and every 5 iterations" in "\n".join(describe(parse_config(evaluated, "test")))
+
+
+def test_an_estimator_that_holds_nothing_back_is_noted(tmp_path: Path) -> None:
+    for estimator, noted in (("k1", True), ("k3", False)):
+        content = {**minimal(tmp_path), "learner": {"kl": {"coefficient": 0.1, "estimator": estimator}}}
+        assert ("k1 has a gradient of 0 on average" in "\n".join(describe(parse_config(content, "test")))) is noted

@@ -118,7 +118,7 @@ def test_sharded_adapters_alone_a_reward_of_nan_and_the_checkpoints_that_stay(co
     assert f"sample {broken.group_id}/{broken.index}" in (run.path / "logs" / "rewarder-0.log").read_text()
     assert sum(r.get("reward/samples_not_finite") or 0.0 for r in records(run)) == 1.0
     newest = {int(t.spans[-1, 0]) for t in everything if len(t.spans)}
-    assert max(newest) >= 3, "generators took versions of adapters, each of which proved itself on its canary"
+    assert max(newest) >= 2, "generators took versions of adapters, each of which proved itself on its canary"
     assert (run.path / "final_model" / "model.safetensors").is_file()
 
 

@@ -59,7 +59,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 """Name in the table -> settings of the schedule; all else is the default (bounded: S = 2)."""
 COMPARED = (COLOCATED, "synchronous", "minibatch", "one_off", "bounded")
 """Run when no schedule is named."""
-ITERATIONS = 10
+ITERATIONS = 13
 SLOTS = (32, 64, 128, 256)
 TOKENS = 10
 """Tokens of the profile that one token of the run stands for."""

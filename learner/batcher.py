@@ -215,8 +215,7 @@ class Batcher:
 
     def _drop(self, choice: Choice, iteration: int, issued: Mapping[int, str], assembler: Assembler | None) -> list[GroupOutcome]:
         """The stragglers of this batch end. The youngest of those that were passed by stay: they are the over-issue."""
-        late = [number for number in choice.passed if number in issued]
-        late = late[: len(late) - self.rule.over_issue] if self.rule.over_issue else late
+        late = self.rule.late([number for number in choice.passed if number in issued])
         partial = {number: assembler.forget(number) if assembler else None for number in late}
         reason = f"not complete when batch {iteration} closed"
         return [self._give_up(number, iteration, "dropped", reason, issued[number], partial[number]) for number in late]

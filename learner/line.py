@@ -16,7 +16,7 @@ docs/staleness.md derives what follows: staleness, reordering, and that no group
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -60,6 +60,10 @@ class BatchRule:
         """
         line = min(self.max_staleness + 1, self.iterations - iteration) * self.groups_per_iteration
         return min(self.groups_per_iteration, line - self.may_lag)
+
+    def late(self, passed: Sequence[int]) -> Sequence[int]:
+        """Under `drop`, of the groups that a batch passed by, in the line's order: those that end. The youngest stay, as many as are over-issued."""
+        return passed[: max(0, len(passed) - self.over_issue)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,13 @@ class Line:
             return choose(self, ready, wanted=missing, passes=rule.passes, reorder=rule.reorder)
         own = list(islice(self, missing + rule.over_issue))
         return choose(own, ready, wanted=rule.wanted(self.part), passes=len(own))
+
+    def may_close(self, ready: Collection[int]) -> bool:
+        """False if the next part certainly cannot close yet; cheap, while `choice` walks the line."""
+        rule = self.rule
+        needed = rule.needed(self.iteration) - self.taken if self.last_part else rule.wanted(self.part)
+        patient = self.last_part and not rule.passes and not rule.reorder
+        return bool(ready) and len(ready) >= needed and (not patient or next(iter(self)) in ready)
 
     def lacks(self, choice: Choice) -> int:
         """Groups that the choice must still gain before the part may close."""

@@ -219,6 +219,11 @@ class RunConfig(Settings):
                 f"schedule.quorum is {schedule.quorum or 0.85:g} of {groups} groups (sampling.groups_per_iteration), which is all of them: "
                 f"stragglers '{schedule.stragglers}' would never happen; choose a smaller quorum, or wait"
             )
+        if schedule.parts > 1 and schedule.may_lag(groups) >= (last := groups // schedule.parts):
+            raise ValueError(
+                f"schedule.quorum is {schedule.quorum or 0.85:g} of {groups} groups: an iteration may lack {schedule.may_lag(groups)} of them, "
+                f"and the last of its {schedule.parts} parts has {last}: it could be empty; choose a larger quorum or fewer minibatches"
+            )
         if reorder > schedule.bound * groups:
             raise ValueError(
                 f"schedule.reorder is {reorder}: more than staleness {schedule.bound} x {groups} groups leaves no room to sample ahead"

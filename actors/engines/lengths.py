@@ -32,6 +32,19 @@ class LengthOptions(BaseModel):
     straggler_share: float = Field(0.0, ge=0, lt=1, description="share of samples that are stragglers")
     straggler_tokens: int | None = Field(None, ge=1, description="tokens of a straggler; the cap does not cut it")
 
+    def cut(self, most: int) -> LengthOptions:
+        """The same lengths when sampling ends at `most` tokens: what is longer is cut, so the mean falls."""
+        changes: dict[str, object] = {}
+        if self.mean is not None and (self.cap is None or self.cap > most):
+            mean = capped_mean(location(self.mean, self.sigma, self.cap), self.sigma, most)
+            changes = {"cap": most, "mean": mean if self.sigma == 0 else min(mean, math.nextafter(most, 0.0))}
+        elif self.mean is None:
+            recorded = self.values if self.file is None else _read(self.file)
+            changes = {"file": None, "values": tuple(min(length, most) for length in recorded or ())}
+        if self.straggler_tokens is not None:
+            changes["straggler_tokens"] = min(self.straggler_tokens, most)
+        return LengthOptions.model_validate({**self.model_dump(), **changes})
+
     @model_validator(mode="after")
     def _one_source(self) -> LengthOptions:
         if [self.mean, self.file, self.values].count(None) != 2:

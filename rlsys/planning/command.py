@@ -35,6 +35,10 @@ def plan(
     as_json: bool,
 ) -> int:
     """Print the plan; exit code 2 with reasons when the configuration cannot run."""
+    if devices is not None and devices < 2:
+        raise ConfigError(f"--devices {devices}: sampling and training need one each, so at least 2")
+    if device_memory_gb is not None and not 0 < device_memory_gb < 1e6:
+        raise ConfigError(f"--device-memory {device_memory_gb:g}: expected gigabytes of one device, such as 80")
     config = load_config(path, overrides)
     check_builtin(config)
     check_plugins(config)
@@ -43,15 +47,16 @@ def plan(
     if write_figures is not None:
         import yaml
 
-        write_figures.write_text(yaml.safe_dump(figures.model_dump(mode="json", exclude_none=True), sort_keys=False))
+        _write(write_figures, yaml.safe_dump(figures.model_dump(mode="json", exclude_none=True), sort_keys=False))
     made = make_plan(figures, config.schedule, _configured(config))
     tokens = made.best.outcome.tokens / (made.best.outcome.iterations * figures.samples)
     model = None if str(config.model.path).startswith(BUILTIN) else read_model(config.model.path)
     room = needed(config, model, tokens, figures.prompt_tokens)
-    wrong = faults(config, figures, made.best.split, room, _machine(config, device_memory_gb))
+    taken = made.best.split if made.configured is None or devices is not None else made.configured.split
+    wrong = faults(config, figures, taken, room, _machine(config, device_memory_gb))
     facts = _facts(room, config, known=model is not None)
     if html is not None:
-        html.write_text(page(made, f"Plan of {config.name}", facts))
+        _write(html, page(made, f"Plan of {config.name}", facts))
     if as_json:
         print(json.dumps(_as_json(made, room, wrong), indent=1))
     else:
@@ -59,6 +64,13 @@ def plan(
     for fault in wrong:
         print(f"rlsys: {path}: cannot run: {fault}", file=sys.stderr)
     return 2 if wrong else 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _figures(config: RunConfig, file: Path | None, measure: bool, *, quiet: bool) -> tuple[Figures, RunConfig]:
@@ -93,6 +105,7 @@ def _for_config(figures: Figures, config: RunConfig, devices: int | None, *, own
             "group_size": config.sampling.group_size,
             "sampling": figures.sampling.model_copy(update={"slots": config.generators.slots}),
             "devices": round(configured.generators + configured.trainers),
+            "lengths": figures.lengths.cut(config.sampling.max_tokens),
         }
     if devices is not None:
         changes["devices"] = devices
@@ -132,7 +145,7 @@ def _show(made: Plan, facts: list[str]) -> None:
     if made.configured is not None and made.configured.split != best.split:
         print(f"configured  {made.configured.split}: {made.configured.s_per_iteration:.4g} s")
     print(f"learner     {_shares(best.outcome.learner_shares())}")
-    print(f"generators  {_shares(best.outcome.generator_shares())}")
+    print(f"generators  {_shares(best.outcome.generator_shares())}; {best.outcome.sampling_share():.0%} of the rate that full slots give")
     print(f"fluid limit {made.fluid_s:.4g} s ({made.fluid_s / best.s_per_iteration:.0%} reached); ", end="")
     print(f"colocated synchronous {made.colocated.s_per_iteration:.4g} s ({made.colocated.s_per_iteration / best.s_per_iteration:.2f}x)")
     print("\n".join(["compared", *table([*made.candidates, *made.others])]))
@@ -158,6 +171,7 @@ def _as_json(made: Plan, room: Room, wrong: list[str]) -> dict[str, Any]:
             "limited_by": p.limit.bound,
             "learner": p.outcome.learner_shares(),
             "generator": p.outcome.generator_shares(),
+            "generator_rate_share": p.outcome.sampling_share(),
             "staleness_max": p.outcome.staleness_max,
             "groups_dropped": p.outcome.dropped,
         }

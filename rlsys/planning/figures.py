@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -17,33 +17,37 @@ from protocol.errors import ConfigError
 from protocol.settings import Settings
 from rlsys.config import RunConfig, explain
 
+Rate = Annotated[float, Field(ge=1e-3, le=1e12)]
+"""Tokens per second."""
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+
 
 class SamplingFigures(Settings):
     """One generator device."""
 
-    tokens_per_s_sample: float = Field(gt=0, description="tokens per second of a sample that runs alone")
-    tokens_per_s: float = Field(gt=0, description="tokens per second of all samples of the device together")
+    tokens_per_s_sample: Rate = Field(description="tokens per second of a sample that runs alone")
+    tokens_per_s: Rate = Field(description="tokens per second of all samples of the device together")
     slots: Positive = Field(64, description="samples that run at once")
     additive: bool = Field(
         False, description="a step takes a fixed part and one for each sample in turn, as on a CPU, not the longer of both"
     )
-    prefill_tokens_per_s: float | None = Field(None, gt=0, description="prompt tokens per second; not given, prompts cost nothing")
-    update_s: float = Field(0.0, ge=0, description="how long a weight update holds up everything that runs")
+    prefill_tokens_per_s: Rate | None = Field(None, description="prompt tokens per second; not given, prompts cost nothing")
+    update_s: Seconds = Field(0.0, description="how long a weight update holds up everything that runs")
 
 
 class TrainingFigures(Settings):
     """One learner device."""
 
-    tokens_per_s: float = Field(gt=0, description="tokens of prompt and completion per second")
-    fixed_s: float = Field(0.0, ge=0, description="time of a step besides its tokens")
-    publish_s: float = Field(0.0, ge=0, description="time from the end of a step to the announcement of the version")
+    tokens_per_s: Rate = Field(description="tokens of prompt and completion per second")
+    fixed_s: Seconds = Field(0.0, description="time of a step besides its tokens")
+    publish_s: Seconds = Field(0.0, description="time from the end of a step to the announcement of the version")
     trained_share: float = Field(1.0, gt=0, le=1, description="share of sampled tokens that is trained on; groups without variance are not")
 
 
 class RewardFigureSettings(Settings):
     """The scoring fleet."""
 
-    seconds: float = Field(0.0, ge=0, description="of one sample in one sandbox")
+    seconds: Seconds = Field(0.0, description="of one sample in one sandbox")
     sandboxes: Positive = Field(1, description="samples that are scored at once")
 
 
@@ -59,9 +63,9 @@ class Figures(Settings):
     sampling: SamplingFigures = Field(description="one generator device")
     training: TrainingFigures = Field(description="one learner device")
     reward: RewardFigureSettings = Field(default_factory=RewardFigureSettings, description="the scoring fleet")
-    switch_s: float = Field(0.0, ge=0, description="to turn all devices from sampling to training, or back (colocated schedules)")
+    switch_s: Seconds = Field(0.0, description="to turn all devices from sampling to training, or back (colocated schedules)")
     cores: Positive | None = Field(None, description="all parts share so many CPU cores; not given, every device is its own")
-    dispatch_s: float = Field(0.0, ge=0, description="of one iteration for everything between the parts: messages, batching, journal")
+    dispatch_s: Seconds = Field(0.0, description="of one iteration for everything between the parts: messages, batching, journal")
 
     @property
     def samples(self) -> int:
@@ -104,20 +108,24 @@ def from_simulated(config: RunConfig) -> Figures:
     real = [f"{key} is {name}" for key, name in parts.items() if name != "simulated"]
     if real:
         raise ConfigError(f"no figures: {', '.join(real)}; measure them with --measure or give a file with --figures")
+    try:
+        return _from_options(config)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"figures of a simulated run: {explain(fault, Figures)}" for fault in error.errors())) from None
+
+
+def _from_options(config: RunConfig) -> Figures:
     engine = EngineFigures.model_validate(config.generators.options)
     reward = RewardFigures.model_validate(config.rewarders.options)
     step = StepFigures.model_validate(config.learner.step_options)
     sampling: dict[str, Any] = engine.model_dump(exclude={"lengths", "recompute_cache", "speed", "device_shares"})
-    lengths = engine.lengths
-    if lengths.cap is None or lengths.cap > config.sampling.max_tokens:
-        lengths = lengths if lengths.mean is None else lengths.model_copy(update={"cap": config.sampling.max_tokens})
     return Figures(
         name=config.name,
         devices=config.generators.count + round(step.devices * config.learner.ranks),
         groups_per_iteration=config.sampling.groups_per_iteration,
         group_size=config.sampling.group_size,
         prompt_tokens=2.0,
-        lengths=lengths,
+        lengths=engine.lengths.cut(config.sampling.max_tokens),
         sampling=SamplingFigures(slots=config.generators.slots, **sampling),
         training=TrainingFigures(tokens_per_s=step.tokens_per_s, fixed_s=step.fixed_s, publish_s=step.publish_s),
         reward=RewardFigureSettings(seconds=reward.seconds, sandboxes=config.rewarders.count * config.rewarders.concurrency),

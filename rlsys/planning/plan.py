@@ -17,7 +17,9 @@ from rlsys.planning.simulate import Outcome, simulate, simulate_colocated
 CANDIDATES = 6
 """Splits that are simulated: those with the lowest limits. The best one is among them unless tails differ much between splits."""
 SAMPLES = 60_000
-"""Samples that one simulation draws at most, so that a plan for 1,000 generators takes seconds."""
+"""Samples that one simulation draws at most, if the batch allows, so that a plan for 1,000 generators takes seconds."""
+SKETCH = 2_000
+"""Samples of an iteration beyond which splits are compared on a smaller fleet of the same proportions."""
 OTHERS: tuple[ScheduleSettings, ...] = (
     ScheduleSettings(name="synchronous"),
     ScheduleSettings(name="one_off"),
@@ -53,9 +55,9 @@ class Plan:
     fluid_s: float
 
 
-def iterations_of(figures: Figures, bound: int) -> int:
+def iterations_of(figures: Figures, bound: int, samples: int = SAMPLES) -> int:
     """Enough iterations for a steady part, fewer for large batches."""
-    return max(bound + 5, min(12 + 2 * bound, SAMPLES // figures.samples))
+    return max(3 * bound + 4, min(31, samples // figures.samples))
 
 
 def predict(figures: Figures, split: Split, schedule: ScheduleSettings) -> Prediction:
@@ -67,6 +69,18 @@ def predict(figures: Figures, split: Split, schedule: ScheduleSettings) -> Predi
         limit=schedule_limit(figures, expected_load(figures), split, schedule.bound, schedule.parts),
         outcome=simulate(figures, split, schedule, iterations=iterations),
     )
+
+
+def sketched(figures: Figures, split: Split, schedule: ScheduleSettings) -> float:
+    """Seconds per iteration to compare splits by: of a large fleet, those of a smaller one with the same samples per device."""
+    factor = max(1, figures.samples // SKETCH)
+    iterations = iterations_of(figures, schedule.bound)
+    if factor > 1:
+        reward = figures.reward.model_copy(update={"sandboxes": max(1, figures.reward.sandboxes // factor)})
+        figures = figures.model_copy(update={"groups_per_iteration": max(1, figures.groups_per_iteration // factor), "reward": reward})
+        split = Split(generators=split.generators / factor, trainers=split.trainers / factor)
+        iterations = iterations_of(figures, schedule.bound, SAMPLES // 3)
+    return simulate(figures, split, schedule, iterations=iterations).s_per_iteration
 
 
 def likely_splits(figures: Figures, schedule: ScheduleSettings) -> list[Split]:
@@ -82,13 +96,18 @@ def make_plan(figures: Figures, schedule: ScheduleSettings, configured: Split | 
         raise ConfigError(
             f"{figures.devices} device cannot be split: sampling and training need one each (--devices 2), or use the synchronous schedule on it"
         )
-    candidates = [predict(figures, split, schedule) for split in likely_splits(figures, schedule)]
+    small = figures.samples <= SKETCH
+    splits = likely_splits(figures, schedule)
+    if small:
+        candidates = [predict(figures, split, schedule) for split in splits]
+    else:
+        candidates = [predict(figures, min(splits, key=lambda split: sketched(figures, split, schedule)), schedule)]
     best = min(candidates, key=lambda p: p.s_per_iteration)
     others = []
     for other in OTHERS:
         if other.name != schedule.name:
-            found = [predict(figures, split, other) for split in likely_splits(figures, other)[:2]]
-            others.append(min(found, key=lambda p: p.s_per_iteration))
+            likely = likely_splits(figures, other)[: CANDIDATES if small else 2]
+            others.append(predict(figures, min(likely, key=lambda split: sketched(figures, split, other)), other))
     load = expected_load(figures)
     own = next((p for p in candidates if p.split == configured), None)
     if own is None and configured is not None and configured.generators + configured.trainers == figures.devices:
@@ -107,7 +126,7 @@ def make_plan(figures: Figures, schedule: ScheduleSettings, configured: Split | 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Free bytes; None where it is not known."""
+    """Bytes: of a device's memory, of the machine's memory, free for weights, free on the disk of the run. None where it is not known."""
 
     device: float | None
     host: float | None
@@ -129,7 +148,9 @@ def faults(config: RunConfig, figures: Figures, split: Split, room: Room, machin
                 found.append(f"a {what} needs {gigabytes(need)} and its device has {gigabytes(machine.device)}: reduce {key}")
     total = math.ceil(split.generators) * room.generator + math.ceil(split.trainers) * room.learner
     if machine.host is not None and total > machine.host:
-        found.append(f"generators and learner ranks need {gigabytes(total)} of memory together and {gigabytes(machine.host)} are free")
+        found.append(
+            f"generators and learner ranks need {gigabytes(total)} of memory together and the machine has {gigabytes(machine.host)}"
+        )
     if machine.weights is not None and room.weights > machine.weights:
         found.append(
             f"three published versions need {gigabytes(room.weights)} and {gigabytes(machine.weights)} are free where they go: set weights.directory"

@@ -47,6 +47,8 @@ class Outcome:
     """Groups that ended without a place in a batch: late, or without a token that is new enough."""
     capacity: float
     """Tokens per second of all generators together."""
+    batch_tokens: list[float] = field(default_factory=list)
+    """Sampled tokens of each iteration's batch."""
 
     @property
     def iterations(self) -> int:
@@ -65,6 +67,12 @@ class Outcome:
     def learner_shares(self) -> dict[str, float]:
         """Share of the steady part by activity; they sum to 1."""
         return shares(self.learner, *self.window())
+
+    def sampling_share(self) -> float:
+        """Tokens of the steady part's batches, of what the generators could sample meanwhile at their full rate."""
+        first, last = steady(self.iterations, self.max_staleness)
+        start, end = self.window()
+        return sum(self.batch_tokens[first:last]) / (self.capacity * (end - start))
 
     def generator_shares(self) -> dict[str, float]:
         """Share of the steady part by activity over all generators; they sum to 1. "idle:pacing" waits for a version."""
@@ -112,10 +120,17 @@ def share_cores(outcome: Outcome, cores: int) -> Outcome:
 
 
 def steady(iterations: int, max_staleness: int) -> tuple[int, int]:
-    """The versions between which seconds per iteration are taken: two iterations and the bound to fill, the bound and one to drain."""
+    """The versions between which seconds per iteration are taken: without two and the bound that fill, and the bound and one that drain.
+
+    A whole number of (S + 1), for iterations may be long and short in turn with that period. With enough iterations the same for S = 0, 1 and 2.
+    """
+    period = max_staleness + 1
+    for edge in (max(max_staleness, 2), max_staleness):
+        first, last = 2 + edge, iterations - edge - 1
+        if last - first >= period:
+            return first, last - (last - first) % period
     first = min(2 + max_staleness, max(0, iterations - 1))
-    last = max(first + 1, iterations - max_staleness - 1)
-    return first, min(last, iterations)
+    return first, min(max(first + 1, iterations - max_staleness - 1), iterations)
 
 
 def shares(intervals: Sequence[Interval], start: float, end: float, rest: str = "other") -> dict[str, float]:
@@ -189,12 +204,15 @@ class Simulation:
         self._given_up: set[int] = set()
         self._groups_taken = 0
         self._credits: list[tuple[int, int]] = []
+        self._settled = -1
+        """The iteration for which all ready groups were looked at."""
         self._training = self._last_part = False
         self._learner_free_s = 0.0
         self._learner: list[Interval] = []
         self._published: list[float] = []
         self._scoring: list[Interval] = []
         self._tokens = 0.0
+        self._batch_tokens = [0.0] * iterations
         self._staleness_max = 0
 
     def run(self) -> Outcome:
@@ -231,6 +249,7 @@ class Simulation:
             staleness_max=self._staleness_max,
             dropped=len(self._given_up),
             capacity=sum(generator.device.total_rate for generator in self._generators),
+            batch_tokens=self._batch_tokens,
         )
 
     def _at(self, time: float, kind: str, what: int, stamp: int = 0) -> None:
@@ -316,15 +335,21 @@ class Simulation:
         group = self._groups.pop(group_id)
         if group_id not in self._given_up:
             self._ready[group_id] = group
-            self._settle()
+            self._settle([group_id] if self._settled == self._line.iteration else None)
             self._train()
 
-    def _settle(self) -> None:
-        """Ready groups that no batch may take any more end here: too old as a whole (mask), or in a part (otherwise)."""
-        oldest = self._line.iteration - self._schedule.bound
-        for number in [n for n, g in self._ready.items() if (g.ended if self._schedule.stragglers == "mask" else g.started) < oldest]:
-            del self._ready[number]
-            self._give_up(number)
+    def _settle(self, numbers: Sequence[int] | None = None) -> None:
+        """Ready groups that no batch may take any more end here: too old as a whole (mask), or in a part (otherwise).
+
+        `numbers` are those that came since all were looked at for this iteration; not given, all are.
+        """
+        self._settled = self._line.iteration
+        oldest, mask = self._line.iteration - self._schedule.bound, self._schedule.stragglers == "mask"
+        for number in list(self._ready) if numbers is None else numbers:
+            group = self._ready[number]
+            if (group.ended if mask else group.started) < oldest:
+                del self._ready[number]
+                self._give_up(number)
 
     def _give_up(self, group_id: int) -> None:
         self._line.leave(group_id)
@@ -334,7 +359,7 @@ class Simulation:
     def _train(self) -> None:
         """Begin the next part of the open iteration if its batch can close and the learner is free."""
         line, figures = self._line, self._figures
-        if self._training or line.finished or len(self._published) <= line.iteration or not self._ready:
+        if self._training or line.finished or len(self._published) <= line.iteration or not line.may_close(self._ready):
             return
         choice = line.choice(self._ready)
         if line.lacks(choice):
@@ -360,12 +385,12 @@ class Simulation:
         seconds = figures.dispatch_s + self._extra_step_s + training.fixed_s + trained / (training.tokens_per_s * self._split.trainers)
         self._learner.append((self._now, self._now + seconds, "train"))
         self._tokens += tokens
+        self._batch_tokens[iteration] += tokens
         self._at(self._now + seconds, "trained", 0)
 
     def _drop(self, choice: Choice) -> None:
         """The stragglers of this batch end; the youngest of those that were passed by are the over-issue."""
-        late = [number for number in choice.passed if number < self._next_group]
-        for number in late[: len(late) - self._schedule.over_issue] if self._schedule.over_issue else late:
+        for number in self._line.rule.late([number for number in choice.passed if number < self._next_group]):
             self._give_up(number)
 
     def _trained(self) -> None:

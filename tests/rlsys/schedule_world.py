@@ -174,6 +174,8 @@ class World:
             assert sample.loss_mask.all() or self.rule.stragglers == "mask"
         places = sum(len(part.outcomes) for part in self.parts) + len(batch.outcomes)
         assert places <= self.rule.groups_per_iteration
+        dropped = [outcome.group_id for outcome in batch.given_up if outcome.state == "dropped"]
+        assert len(dropped) <= self.rule.may_lag, f"{dropped} dropped, of which the over-issue stays: at most {self.rule.may_lag} are late"
         if batch.last:
             patient = self.rule.stragglers == "wait"
             assert places >= self.rule.groups_per_iteration - (0 if patient else self.rule.may_lag)

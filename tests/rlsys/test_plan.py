@@ -18,6 +18,7 @@ from rlsys.planning.limits import Split
 from rlsys.planning.measure import fit_steps
 from rlsys.planning.plan import Machine, faults, make_plan
 from rlsys.planning.room import ModelSize, needed, read_model
+from rlsys.planning.simulate import steady
 from tests.actors.tiny_models import build, save
 from tests.configuration import minimal, write
 
@@ -75,7 +76,7 @@ def test_every_profile_can_be_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--devices", "1"], "1 device cannot be split: sampling and training need one each"),
+        (["--devices", "1"], "--devices 1: sampling and training need one each"),
         (["--figures", "/nonexistent.yaml"], "/nonexistent.yaml: cannot be read"),
         (["--measure"], "--measure: a simulated run states its figures itself"),
         (["--measure", "--figures", "x"], "--figures and --measure: give one of them"),
@@ -162,3 +163,48 @@ def test_figures_are_measured_on_this_machine(tmp_path: Path, capsys: pytest.Cap
     assert taken["training"]["tokens_per_s"] > 1
     assert found["configured"]["s_per_iteration"] > 0
     assert main(["plan", str(path), "--figures", str(saved)]) == 0, "saved figures can be used again"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--devices", "-3"], "--devices -3: sampling and training need one each, so at least 2"),
+        (["--device-memory", "nan"], "--device-memory nan: expected gigabytes of one device"),
+        (["--html", "/nowhere/plan.html"], "/nowhere/plan.html: cannot be written"),
+        (["--save-figures", "/nowhere/figures.yaml"], "/nowhere/figures.yaml: cannot be written"),
+        (["--set", "generators.options.tokens_per_s=1e300"], "tokens_per_s is 1e+300: input should be"),
+        (["--set", "learner.step_options.tokens_per_s=1e-300"], "tokens_per_s is 1e-300: input should be"),
+    ],
+)
+def test_absurd_figures_and_paths_are_refused_in_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(SIMULATED), *SMALL, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and len(error.splitlines()) == 1
+
+
+def test_a_lower_maximum_cuts_the_lengths_that_are_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(SIMULATED), *SMALL, "--set", "sampling.max_tokens=100", "--json"]) == 0
+    lengths = json.loads(capsys.readouterr().out)["figures"]["lengths"]
+    assert lengths["cap"] == 100 and 99 < lengths["mean"] < 100
+
+
+def test_a_large_fleet_is_compared_on_a_smaller_one_of_the_same_proportions() -> None:
+    """Its best split is that of a fleet a tenth as large."""
+    large = figures(
+        devices=60, groups_per_iteration=1200, group_size=8, sampling={"tokens_per_s_sample": 10, "tokens_per_s": 100, "slots": 16}
+    )
+    small = figures(
+        devices=6, groups_per_iteration=120, group_size=8, sampling={"tokens_per_s_sample": 10, "tokens_per_s": 100, "slots": 16}
+    )
+    schedule = ScheduleSettings(name="bounded")
+    found, expected = make_plan(large, schedule, None).best, make_plan(small, schedule, None).best
+    assert found.split == Split(generators=10 * expected.split.generators, trainers=10 * expected.split.trainers)
+    assert found.s_per_iteration == pytest.approx(expected.s_per_iteration, rel=0.05)
+
+
+def test_iterations_long_and_short_in_turn_are_averaged_over_whole_periods() -> None:
+    assert [steady(13, bound) for bound in (0, 1, 2)] == [(4, 10)] * 3
+    for bound in range(4):
+        for iterations in range(3 * bound + 4, 40):
+            first, last = steady(iterations, bound)
+            assert 2 + bound <= first < last <= iterations - bound - 1 and (last - first) % (bound + 1) == 0

@@ -41,7 +41,7 @@ def batch_rules(draw: st.DrawFn) -> BatchRule:
     """Every combination of the numbers that the rule knows, also those that a configuration may not have."""
     groups, bound = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     policy = draw(st.sampled_from(POLICIES))
-    over_issue = draw(st.integers(0, 2))
+    over_issue = draw(st.integers(0, groups))
     patient = policy == "wait" and not over_issue
     return BatchRule(
         iterations=draw(st.integers(1, 4)),
@@ -100,13 +100,29 @@ def test_no_interleaving_breaks_a_promise(directory: Path) -> None:
     run_state_machine_as_test(machine, settings=quick)
 
 
+@pytest.mark.parametrize(("over_issue", "passed", "late"), [(0, 3, 3), (2, 3, 1), (2, 2, 0), (5, 1, 0), (5, 4, 0), (5, 6, 1)])
+def test_what_was_over_issued_stays_when_a_batch_drops_who_is_late(over_issue: int, passed: int, late: int) -> None:
+    rule = BatchRule(
+        iterations=2,
+        groups_per_iteration=8,
+        max_staleness=1,
+        stragglers="drop",
+        may_lag=2,
+        over_issue=over_issue,
+        reorder=0,
+        parts=1,
+        refills=0,
+    )
+    assert list(rule.late(range(passed))) == list(range(late))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("bound", "parts", "reorder"),
     [(0, 1, 0), (0, 2, 0), (1, 1, 0), (2, 1, 0), (2, 1, 3)],
     ids=["sync", "minibatch", "one_off", "bounded", "window"],
 )
-@pytest.mark.parametrize("over_issue", [0, 2])
+@pytest.mark.parametrize("over_issue", [0, 4])
 @pytest.mark.parametrize("refills", [0, 8])
 def test_whole_runs_under_every_schedule(
     directory: Path, policy: StragglerPolicy, bound: int, parts: int, reorder: int, over_issue: int, refills: int
@@ -134,6 +150,10 @@ def test_whole_runs_under_every_schedule(
         ({"name": "one_off", "max_staleness": 2}, "max_staleness is 2, which means nothing here: one_off has staleness 1 by definition"),
         ({"minibatches": 2}, "minibatches is 2, which means nothing here: one_off takes an iteration's groups as one batch"),
         ({"name": "minibatch", "minibatches": 9}, "schedule.minibatches is 9 but an iteration has only 2 groups"),
+        (
+            {"name": "minibatch", "minibatches": 2, "stragglers": "drop", "quorum": 0.4},
+            "schedule.quorum is 0.4 of 2 groups: an iteration may lack 1 of them, and the last of its 2 parts has 1: it could be empty",
+        ),
         ({"reorder": 1}, "reorder is 1, which means nothing here: one_off takes groups in their order"),
         ({"name": "bounded", "stragglers": "mask", "quorum": 0.5, "reorder": 1}, "reorder is 1, which means nothing here: with stragglers"),
         ({"quorum": 0.5}, "quorum is 0.5, which means nothing here: with stragglers 'wait'"),

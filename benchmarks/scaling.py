@@ -52,8 +52,9 @@ def main() -> int:
         return 0
     for count in (options.low, options.high):
         found = [row for row in rows if row["count"] == count]
-        rate, took = statistics.median(r["tokens_per_s"] for r in found), statistics.median(r["scale_s"] for r in found)
-        print(f"{count} generators  {rate:,.0f} tokens/s  {rate / base:.2f} x  (rlsys scale took {took:.1f} s, median of {len(found)})")
+        rate, took = statistics.median(r["tokens_per_s"] for r in found), [r["scale_s"] for r in found if r["scale_s"]]
+        slow = f"rlsys scale took {statistics.median(took):.1f} s, median of {len(took)}" if took else "never scaled to"
+        print(f"{count} generators  {rate:,.0f} tokens/s  {rate / base:.2f} x  ({slow})")
     return 0
 
 

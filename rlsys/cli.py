@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -227,6 +228,30 @@ def build_parser() -> argparse.ArgumentParser:
     install.add_argument("--dry-run", action="store_true", help="say what would be downloaded and do nothing")
     install.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
+    text = "the sandbox, without a run"
+    sandbox = commands.add_parser("sandbox", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    of_sandbox = sandbox.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serve = _command(of_sandbox, "serve", _sandbox_serve, "judge programs for others over HTTP, authenticated, until SIGTERM")
+    serve.add_argument("--listen", default="127.0.0.1:8390", metavar="HOST:PORT", help="default: 127.0.0.1:8390; port 0: any that is free")
+    serve.add_argument(
+        "--token-file", type=Path, required=True, metavar="FILE", help="holds the token that clients must send; made if there is none"
+    )
+    serve.add_argument("--cells", type=_count, metavar="N", help="programs that run at once (default: one per core)")
+    serve.add_argument("--queue", type=_count, default=1024, metavar="N", help="requests that may wait besides (default 1024)")
+    serve.add_argument(
+        "--deadline", type=_seconds, default=120.0, metavar="S", help="longest time until an answer, in seconds (default 120)"
+    )
+    serve.add_argument("--body-mb", type=_seconds, default=64.0, metavar="MB", help="largest request (default 64)")
+    serve.add_argument(
+        "--memory-mb", type=_seconds, default=4096.0, metavar="MB", help="most memory that a program may ask for (default 4096)"
+    )
+    serve.add_argument(
+        "--grace", type=_seconds, default=10.0, metavar="S", help="after SIGTERM: how long what is judged may take (default 10)"
+    )
+    serve.add_argument("--certificate", type=Path, metavar="FILE", help="PEM: serve HTTPS")
+    serve.add_argument("--key", type=Path, metavar="FILE", help="PEM, if the key is not in the certificate's file")
+    serve.add_argument("--json", action="store_true", help="print one JSON object with the address when it listens")
+
     export = _command(commands, "export", _export, "write a run's policy as a Hugging Face directory: weights, configuration, tokenizer")
     export.add_argument(
         "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run (its newest good checkpoint), a checkpoint, or a model"
@@ -255,6 +280,16 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
 
 
 def _config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -404,6 +439,24 @@ def _doctor(options: argparse.Namespace) -> int:
     from rlsys.doctor import doctor
 
     return doctor(as_json=options.json)
+
+
+def _sandbox_serve(options: argparse.Namespace) -> int:
+    from rlsys.sandbox_service.command import serve
+
+    return serve(
+        options.listen,
+        options.token_file,
+        cells=options.cells,
+        queue=options.queue,
+        deadline_s=options.deadline,
+        body_mb=options.body_mb,
+        memory_mb=options.memory_mb,
+        grace_s=options.grace,
+        certificate=options.certificate,
+        key=options.key,
+        as_json=options.json,
+    )
 
 
 def _engines_install(options: argparse.Namespace) -> int:

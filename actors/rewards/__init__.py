@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 REWARDS = {
     "math_answer": "actors.rewards.math_answer:MathAnswer",
+    "sandbox_service": "actors.rewards.sandbox_service:SandboxService",
     "simulated": "actors.rewards.simulated:Simulated",
     "unit_tests": "actors.rewards.unit_tests:UnitTests",
     "weighted": "actors.rewards.weighted:Weighted",

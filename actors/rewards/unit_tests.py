@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -24,8 +24,8 @@ from actors.sandbox.languages import CompileError
 _PROBLEMS_KEPT = 64  # parsed; a reward actor works on a few groups at a time
 
 
-class Options(BaseModel):
-    """Options of `unit_tests` in the configuration."""
+class JudgingOptions(BaseModel):
+    """How a completion is judged, wherever that is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,23 +44,32 @@ class Options(BaseModel):
     memory_limit_bytes: int = Field(default=1024 * MIB, ge=32 * MIB)
     """Where the problem says nothing."""
     output_limit_bytes: int = Field(default=16 * MIB, ge=4096)
-    cells: int | None = Field(default=None, ge=1)
-    """Programs that run at once; None is one per core."""
 
     @model_validator(mode="after")
-    def _limits_in_order(self) -> Options:
+    def _limits_in_order(self) -> Self:
         if self.min_time_limit_s > self.max_time_limit_s:
             raise ValueError(f"min_time_limit_s is {self.min_time_limit_s}, which is above max_time_limit_s {self.max_time_limit_s}")
         return self
 
 
+class Options(JudgingOptions):
+    """Options of `unit_tests` in the configuration."""
+
+    cells: int | None = Field(default=None, ge=1)
+    """Programs that run at once; None is one per core."""
+
+
 class UnitTests:
     """Built once per reward actor; `score` may be called by several threads at once. Owns its sandbox until `close`."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        """Raises ConfigError for bad options and InfrastructureFault where no isolation can be had."""
+    def __init__(self, options: Mapping[str, Any], bench: Bench | None = None) -> None:
+        """With a `bench` of the caller's no sandbox is made and `cells` means nothing.
+
+        Raises ConfigError for bad options and InfrastructureFault where no isolation can be had.
+        """
         self._options = parse_options(Options, "unit_tests", options)
-        self._bench = Bench(self._options.cells)
+        self._owns = bench is None
+        self._bench = bench or Bench(self._options.cells)
         self.sandbox = self._bench.sandbox
         self._problems: dict[str, tuple[Mapping[str, Any], Problem]] = {}
         self._lock = threading.Lock()
@@ -75,6 +84,15 @@ class UnitTests:
         source = extract_program(sample.completion, language.fences, self._options.fence)
         if source is None:
             return Score(value=0.0, status="unparseable", detail=f"no fenced block of {problem.language}")
+        return self._judge(source, problem)
+
+    def score_program(self, source: str, line: Mapping[str, Any]) -> Score:
+        """The score of a program as it stands, without fences around it. Raises as `score` does."""
+        problem = self._parsed(line)
+        self._bench.language(problem.language, problem)
+        return self._judge(source, problem)
+
+    def _judge(self, source: str, problem: Problem) -> Score:
         try:
             judgement = self._bench.judge(source, problem, self._limits(problem), self._rules)
         except CompileError as error:
@@ -82,8 +100,9 @@ class UnitTests:
         return self._total(judgement)
 
     def close(self) -> None:
-        """End every process of the sandbox."""
-        self.sandbox.close()
+        """End every process of the sandbox, if it is its own."""
+        if self._owns:
+            self.sandbox.close()
 
     def _parsed(self, line: Mapping[str, Any]) -> Problem:
         """The problem of a line, kept for the other samples of its group. Raises DataError."""

@@ -13,6 +13,7 @@ from actors.rewards import REWARDS, Reward, Sample, Score
 from protocol.errors import ConfigError
 from protocol.registry import resolve
 from tests.actors.processes import descendants, wait_until
+from tests.sandbox_servers import served
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 CASES: dict[str, dict[str, Any]] = {
@@ -21,6 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
         "problem": {"id": "half", "prompt": "", "answer": "\\frac{1}{2}"},
         "right": "It is \\boxed{0.5}.",
         "wrong": "It is \\boxed{0.6}.",
+    },
+    "sandbox_service": {
+        "options": {"url": "http://127.0.0.1:1", "token_file": "/dev/null", "options": {"min_time_limit_s": 1, "max_time_limit_s": 1}},
+        "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]},
+        "right": f"```python\n{ADD}\n```",
+        "wrong": "```python\nprint(0)\n```",
     },
     "simulated": {
         "options": {"seconds": 0.001, "pass_share": 0.03},
@@ -68,9 +75,19 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def reward(name: str) -> Iterator[Reward]:
+def options(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Those of the table; a service is started where one is needed."""
+    if name != "sandbox_service":
+        yield CASES[name]["options"]
+        return
+    with served(tmp_path_factory.mktemp("service"), "--cells", "2") as service:
+        yield CASES[name]["options"] | {"url": service.url, "token_file": str(service.token_file)}
+
+
+@pytest.fixture(scope="module")
+def reward(name: str, options: dict[str, Any]) -> Iterator[Reward]:
     before = descendants(os.getpid())
-    reward: Reward = resolve(name, REWARDS, "reward")(CASES[name]["options"])
+    reward: Reward = resolve(name, REWARDS, "reward")(options)
     try:
         yield reward
     finally:

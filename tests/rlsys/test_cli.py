@@ -25,6 +25,7 @@ COMMANDS = (
     "check",
     "status",
     "scale",
+    "sandbox",
     "token",
     "join",
     "top",

@@ -1,0 +1,243 @@
+"""`rlsys sandbox serve` as its clients see it: the real server, the real sandbox, real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import jsonschema
+import pytest
+
+from actors.rewards import Sample
+from actors.rewards.sandbox_service import SandboxService
+from protocol.errors import ConfigError, DataError, InfrastructureFault
+from rlsys.sandbox_service.api import openapi
+from tests.actors.processes import descendants, wait_until
+from tests.sandbox_servers import Served, served
+
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "sandbox_service.openapi.json"
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+PROBLEM = {"id": "add", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]}
+LIMITS = {"min_time_limit_s": 1, "max_time_limit_s": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(tmp_path_factory.mktemp("service"), "--cells", "4", "--body-mb", "1", "--memory-mb", "2048") as service:
+        yield service
+
+
+def ask(
+    server: Served, path: str, body: Any = None, *, token: str | None = None, raw: bytes | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    """One request; the answer is checked against the OpenAPI document."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    try:
+        headers = {"Authorization": f"Bearer {server.token if token is None else token}"} if token != "" else {}
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection.request("POST" if data is not None else "GET", path, data, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        check(path, "post" if data is not None else "get", response.status, answer)
+        return response.status, answer, dict(response.headers)
+    finally:
+        connection.close()
+
+
+def check(path: str, method: str, status: int, answer: Any) -> None:
+    document = openapi()
+    operation = document["paths"].get(path, {}).get(method)
+    if operation is None:
+        reference = {"$ref": "#/components/schemas/Refusal"}
+    else:
+        assert str(status) in operation["responses"], f"{path} answers {status}, which its document does not say"
+        reference = operation["responses"][str(status)]["content"]["application/json"]["schema"]
+    jsonschema.validate(answer, {**reference, "components": document["components"]}, cls=jsonschema.Draft202012Validator)
+
+
+def test_the_document_is_the_one_in_docs_and_the_one_served(server: Served) -> None:
+    """`python -m rlsys.sandbox_service > docs/sandbox_service.openapi.json` writes it."""
+    assert json.loads(DOCUMENT.read_text()) == openapi()
+    assert ask(server, "/openapi.json", token="")[1] == openapi()
+    for schema in openapi()["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "value"),
+    [(ADD, "accepted", 1.0), ("print(3)", "wrong_answer", 0.5), ("1/0", "runtime_error", 0.0), ("while 1: pass", "time_limit", 0.0)],
+)
+def test_a_program_gets_its_verdict(server: Served, program: str, status: str, value: float) -> None:
+    body = {"program": program, "problem": PROBLEM, "options": {**LIMITS, "score": "soft"}}
+    code, answer, _ = ask(server, "/v1/execute", body)
+    assert (code, answer["status"], answer["value"], answer["passed"]) == (200, status, value, value == 1.0), answer
+
+
+def test_a_completion_is_graded_as_in_training(server: Served) -> None:
+    body = {"completion": f"So:\n```python\n{ADD}\n```", "problem": PROBLEM}
+    assert ask(server, "/v1/grade", body)[1]["status"] == "accepted"
+    assert ask(server, "/v1/grade", {**body, "completion": "no program \ud800"})[1]["status"] == "unparseable"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "where", "sentence"),
+    [
+        ({"problem": PROBLEM}, "bad_request", "program", "Field required"),
+        ({"program": 5, "problem": PROBLEM}, "bad_request", "program", "5: expected text"),
+        ({"program": ADD, "problem": PROBLEM, "tests": []}, "bad_request", "tests", "Extra inputs are not permitted"),
+        ({"program": ADD, "problem": PROBLEM, "options": {"score": "x"}}, "bad_request", "options.score", "'sparse' or 'soft'"),
+        (
+            {"program": ADD, "problem": PROBLEM, "options": {"problem_budget_s": 1e6}},
+            "bad_request",
+            "options.problem_budget_s",
+            "at most 120",
+        ),
+        ({"program": ADD, "problem": {**PROBLEM, "memory_limit_bytes": 1 << 40}}, "bad_request", "problem.memory_limit_bytes", "at most"),
+        ({"program": ADD, "problem": {"id": "x"}}, "bad_problem", "problem", "problem 'x'"),
+        ({"program": ADD, "problem": {**PROBLEM, "language": "cobol"}}, "bad_problem", "problem", "cobol"),
+        ([], "bad_request", "body", "JSON list, expected an object"),
+    ],
+)
+def test_bad_requests_are_told_what_where_and_what_was_expected(server: Served, body: Any, code: str, where: str, sentence: str) -> None:
+    status, answer, _ = ask(server, "/v1/execute", body)
+    error = answer["error"]
+    assert (status, error["code"], error["where"]) == (400, code, where), error
+    assert sentence in error["message"]
+
+
+def test_what_is_no_json_or_too_large_or_elsewhere(server: Served) -> None:
+    for raw in (b"{", b"\xff\xfe", b"[" * 100_000):
+        assert ask(server, "/v1/execute", raw=raw)[1]["error"]["code"] == "bad_request"
+    assert ask(server, "/v1/execute", raw=b" " * 1_100_000)[0] == 413
+    status, answer, _ = ask(server, "/v2/execute", {})
+    assert (status, answer["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "\u00e9"])
+def test_without_the_token_nothing_is_judged(server: Served, token: str) -> None:
+    before = ask(server, "/healthz", token="")[1]["judged"]
+    status, answer, headers = ask(server, "/v1/execute", {"program": ADD, "problem": PROBLEM}, token=token)
+    assert (status, answer["error"]["code"], headers["WWW-Authenticate"]) == (401, "unauthorized", "Bearer")
+    assert ask(server, "/healthz", token="")[1]["judged"] == before
+
+
+async def many(server: Served, bodies: list[dict[str, Any]]) -> list[tuple[int, Any, str | None]]:
+    headers = {"Authorization": f"Bearer {server.token}"}
+    async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(body: dict[str, Any]) -> tuple[int, Any, str | None]:
+            async with session.post(f"{server.url}/v1/execute", json=body) as response:
+                return response.status, await response.json(), response.headers.get("Retry-After")
+
+        return await asyncio.gather(*map(one, bodies))
+
+
+def test_a_hundred_at_once_each_get_their_own_verdict(server: Served) -> None:
+    bodies = [
+        {"program": f"{ADD}\n# {i}" if i % 3 else f"print({i})", "problem": {**PROBLEM, "id": str(i)}, "options": LIMITS}
+        for i in range(120)
+    ]
+    answers = asyncio.run(many(server, bodies))
+    assert [(code, answer["passed"]) for code, answer, _ in answers] == [(200, i % 3 != 0) for i in range(120)]
+    health = ask(server, "/healthz", token="")[1]
+    assert (health["running"], health["waiting"], health["status"]) == (0, 0, "ok")
+
+
+SLOW: dict[str, Any] = {
+    "program": "import time\ntime.sleep(1.5)\n" + ADD,
+    "problem": {**PROBLEM, "tests": PROBLEM["tests"][:1]},
+    "options": LIMITS,
+}
+
+
+def test_a_full_queue_says_when_to_come_again_and_a_late_verdict_is_none(tmp_path: Path) -> None:
+    with served(tmp_path, "--cells", "1", "--queue", "3") as small:
+        answers = asyncio.run(many(small, [SLOW] * 12))
+        codes = [code for code, _, _ in answers]
+        assert codes.count(200) == 4 and codes.count(503) == 8, codes
+        assert all(answer["error"]["code"] == "busy" and int(again or 0) >= 1 for code, answer, again in answers if code == 503)
+        late = asyncio.run(many(small, [SLOW, {**SLOW, "deadline_s": 0.2}]))
+        assert sorted(code for code, _, _ in late) == [200, 504]
+        reward = SandboxService({"url": small.url, "token_file": small.token_file, "options": LIMITS})
+        shorter = {**SLOW, "program": SLOW["program"].replace("1.5", "0.7")}
+        blocked = threading.Thread(target=lambda: asyncio.run(many(small, [shorter] * 4)))
+        blocked.start()
+        wait_until(lambda: ask(small, "/healthz", token="")[1]["waiting"] == 3, "a full queue")
+        sample = Sample(problem=PROBLEM, completion=f"```python\n{ADD}\n```", truncated=False)
+        assert reward.score(sample).passed, "it waits until there is room"
+        blocked.join()
+        reward.close()
+
+
+def test_sigterm_ends_it_and_its_cells_in_the_middle_of_a_program(tmp_path: Path) -> None:
+    with served(tmp_path, "--cells", "2", "--grace", "0.2") as server:
+        found: list[tuple[int, Any, str | None]] = []
+        forever = {**SLOW, "program": "import time\ntime.sleep(60)"}
+        client = threading.Thread(target=lambda: found.extend(asyncio.run(many(server, [forever]))))
+        client.start()
+        wait_until(lambda: ask(server, "/healthz", token="")[1]["running"] == 1, "it is being judged")
+        below = descendants(server.process.pid)
+        assert below
+        assert server.end() == 0, server.errors.read_text()
+        client.join(10)
+        assert [(code, answer["error"]["code"]) for code, answer, _ in found] == [(503, "ending")], "no verdict, and the client knows"
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "its cells are gone")
+
+
+def test_the_reward_tells_faults_of_the_service_from_verdicts(server: Served, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("wrong")
+    with closing(SandboxService({"url": server.url, "token_file": server.token_file})) as reward, pytest.raises(DataError, match="'x'"):
+        reward.score(Sample(problem={"id": "x"}, completion="", truncated=False))
+    with closing(SandboxService({"url": server.url, "token_file": wrong})) as reward, pytest.raises(ConfigError, match="Bearer TOKEN"):
+        reward.score(Sample(problem=PROBLEM, completion="", truncated=False))
+    with pytest.raises(InfrastructureFault, match="no verdict from the sandbox service"):
+        nobody = SandboxService({"url": "http://127.0.0.1:1", "token_file": wrong, "wait_s": 0.3})
+        nobody.score(Sample(problem=PROBLEM, completion="", truncated=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--listen", "8390"], "--listen 8390: expected HOST:PORT"),
+        (["--listen", "192.0.2.1:0"], "--listen 192.0.2.1:0: cannot be listened on"),
+        (["--token-file", "{short}"], "holds 5 characters, expected one word of at least 16"),
+        (["--token-file", "{open}"], "others than its owner may read it"),
+        (["--certificate", "{short}"], "no certificate and key that can be used"),
+        (["--deadline", "-1"], "'-1' is no positive number"),
+    ],
+)
+def test_bad_command_lines_are_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    (tmp_path / "open").write_text("0123456789abcdef")
+    (tmp_path / "short").write_text("short")
+    (tmp_path / "short").chmod(0o600)
+    given = [a.format(short=tmp_path / "short", open=tmp_path / "open") for a in arguments]
+    token = [] if "--token-file" in given else ["--token-file", str(tmp_path / "token")]
+    cells = ["--cells", "1"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "rlsys", "sandbox", "serve", *given, *token, *cells],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_killed_server_takes_its_cells_along(tmp_path: Path) -> None:
+    with served(tmp_path, "--cells", "2") as server:
+        below = descendants(server.process.pid)
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait(timeout=10)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the kernel ends the cells")

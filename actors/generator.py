@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.engines import Engine, EngineLoad, Sampled, SampleRequest, Sampling
+from actors.network_weights import NetworkWeights
 from actors.weights import WeightsIntake
 from protocol.channels import Link
 from protocol.credits import Outgoing
@@ -76,11 +77,22 @@ class Generator:
     """The loop of one generator actor. `group_size` turns free slots into credits, which are counted in groups."""
 
     def __init__(
-        self, node: Node, engine: Engine, group_size: int, dtype: str = "float32", device: str = "cpu", weights: Path | None = None
+        self,
+        node: Node,
+        engine: Engine,
+        group_size: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        weights: Path | None = None,
+        network: NetworkWeights | None = None,
     ) -> None:
+        """`weights` is where this host sees the versions, if not where the learner says; with `network` they are brought here first."""
         self._device = device
         self._node, self._engine, self._group_size = node, engine, group_size
-        self._intake = WeightsIntake(node.identity, engine, dtype, weights)
+        self._network = network
+        if network is not None:
+            weights = network.directory
+        self._intake = WeightsIntake(node.identity, engine, dtype, weights, network.fetcher if network else None)
         self._wake_fd: int | None = getattr(engine, "wake_fd", None)
         self._loaded: Version | None = None
         self._held: list[_Running] | None = None
@@ -100,7 +112,9 @@ class Generator:
         self._learner = node.join("weights", on_link=self._greet)
         node.gauges = self._gauges
         node.facts = self._facts
-        node.progress = lambda: engine.load.tokens_sampled + self._samples_done + self._groups_taken
+        node.progress = lambda: (
+            engine.load.tokens_sampled + self._samples_done + self._groups_taken + (network.fetcher.arrivals if network else 0)
+        )
 
     def run(self) -> None:
         """Sample until the run ends."""
@@ -233,8 +247,14 @@ class Generator:
         self._engine.submit(SampleRequest(request_id=request_id, prompt_ids=task.prompt_ids, seeds=seeds, sampling=sampling))
 
     def _load_weights(self) -> None:
+        lost = self._intake.lost()
+        if lost is not None:
+            for link in self._learner.values():
+                link.send(lost)
         ready = self._intake.pending
         if ready is None:
+            if lost is not None:
+                self._give_up_after(lost.error)
             return
         with self._node.recorder.during("swap weights", "learner", f"v{ready.number}", iteration=ready.number):
             self._node.beat()  # loading may take long and cannot be interrupted: say so before
@@ -249,8 +269,11 @@ class Generator:
         elif not loaded.error:
             self._loaded = Version(ready.number, ready.incarnation)
             self._release()
+        self._give_up_after(loaded.error)
+
+    def _give_up_after(self, error: str) -> None:
         if self._intake.failures > RELOADS:
-            raise WeightsError(f"{self._intake.failures} loads in a row failed, the last: {loaded.error}")
+            raise WeightsError(f"{self._intake.failures} loads in a row failed, the last: {error}")
 
     def _away(self, call: Callable[[], WeightsLoaded], ready: WeightsReady) -> WeightsLoaded:
         """Do what may take minutes in a thread of its own, for an engine that works elsewhere; meanwhile say that this process lives.
@@ -356,10 +379,17 @@ class Generator:
 
     def _wait(self) -> tuple[str, str, str]:
         if self._engine.version is None:
-            return "waiting:first weights", "learner", self._engine.load.fault
+            return "waiting:first weights", "learner", self._fetching() or self._engine.load.fault
         if self._outbox:
             return "waiting:reward credit", "rewarder", f"{len(self._outbox)} completions wait to be scored"
         return "waiting:tasks", "dispatcher", ""
+
+    def _fetching(self) -> str:
+        """What is under way from other hosts, in words."""
+        if self._network is None or self._network.fetcher.progress[0] < 0:
+            return ""
+        number, left, cells, last_s = self._network.fetcher.progress
+        return f"{cells - left} of {cells} pieces of v{number} have come, the last {time.monotonic() - last_s:.0f} s ago"
 
     def _facts(self) -> dict[str, Any]:
         """For `rlsys why`: the loaded version, what is up with the engine's server, and where the groups are that are here, oldest first."""
@@ -377,6 +407,7 @@ class Generator:
             "device": self._device,
             "version": version.number if version else -1,
             "announced": self._intake.announced,
+            "fetching": self._fetching(),
             "server": [trouble.server, trouble.doing, trouble.for_s, trouble.detail[:300]] if trouble else [],
             "running": groups,
             "sent": [(group, peer, count) for (group, peer), count in islice(sent.items(), FACTS)],
@@ -399,4 +430,5 @@ class Generator:
             "generator/pause_s": self._paused_s,
             "generator/load_s": self._load_s,
             "generator/canary_error": self._canary_error,
+            **(self._network.gauges() if self._network else {}),
         }

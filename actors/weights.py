@@ -10,8 +10,9 @@ from typing import Any
 
 from actors.engines import Engine
 from actors.engines.conformance import check_conformance
+from actors.fetcher import Fetcher
 from protocol.canary import PROMPT_TOKENS, Canary, bound_of, difference, read_canary
-from protocol.errors import InfrastructureFault, WeightsError
+from protocol.errors import InfrastructureFault, UserError, WeightsError
 from protocol.manifest import verify
 from protocol.messages import Version, WeightsLoaded, WeightsReady
 
@@ -24,8 +25,11 @@ GONE = 50
 class WeightsIntake:
     """Remembers the newest announcement and loads it when asked. Older ones and repeats change nothing."""
 
-    def __init__(self, identity: str, engine: Engine, dtype: str = "float32", directory: Path | None = None) -> None:
-        self._directory = directory
+    def __init__(
+        self, identity: str, engine: Engine, dtype: str = "float32", directory: Path | None = None, fetcher: Fetcher | None = None
+    ) -> None:
+        """`directory` is where versions lie as this host sees them, if not where the learner says; a `fetcher` brings them there first."""
+        self._directory, self._fetcher = directory, fetcher
         self._identity = identity
         self._engine = engine
         self._announced: WeightsReady | None = None
@@ -40,6 +44,8 @@ class WeightsIntake:
         """A version is complete on disk."""
         if self._announced is None or (ready.number, ready.incarnation) > (self._announced.number, self._announced.incarnation):
             self._announced = ready
+            if self._fetcher is not None:
+                self._fetcher.want(ready)
 
     @property
     def announced(self) -> int:
@@ -49,10 +55,36 @@ class WeightsIntake:
     @property
     def pending(self) -> WeightsReady | None:
         """The announced version that is not loaded, or is in quarantine, if any."""
+        announced = self._announced if self._fetcher is None else self._fetcher.complete
         if self.quarantined:
-            return self._announced
-        ready, loaded = self._announced, self._engine.version
+            return announced
+        ready, loaded = announced, self._engine.version
         return ready if ready is not None and (loaded is None or Version(ready.number, ready.incarnation) > loaded) else None
+
+    def lost(self) -> WeightsLoaded | None:
+        """A version that could not be brought here, as the learner is told of it; the newest is announced again then. Raises UserError and bugs."""
+        if self._fetcher is None:
+            return None
+        if isinstance(self._fetcher.error, OSError):
+            raise UserError(f"weights cannot be kept on this host: {self._fetcher.error}") from self._fetcher.error
+        if self._fetcher.error is not None:
+            raise self._fetcher.error
+        failure = self._fetcher.take_failure()
+        if failure is None:
+            return None
+        ready, reason, broken = failure
+        self.failures += broken
+        if self._announced is ready:
+            self._announced = None
+        return WeightsLoaded(
+            generator=self._identity,
+            number=ready.number,
+            incarnation=ready.incarnation,
+            load_s=0.0,
+            pause_s=0.0,
+            error=reason,
+            canary_error=float("nan"),
+        )
 
     def load(self, ready: WeightsReady) -> WeightsLoaded:
         """Verify and load `ready`, and let the engine prove itself on the canary. A fault is returned in `error`.
@@ -79,6 +111,8 @@ class WeightsIntake:
             self.failures += not self.gone or self.gone > GONE
             if self._announced is ready:
                 self._announced = None
+            if self._fetcher is not None:
+                self._fetcher.discard(ready)
         if error:
             log.warning("%s %s: %s", version, "in quarantine" if self.quarantined else "not loaded", error)
         return WeightsLoaded(

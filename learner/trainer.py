@@ -41,6 +41,7 @@ from protocol.journal import Journal, read_records
 from protocol.ledger import Ledger, Writer
 from protocol.messages import Version
 from protocol.node import Node
+from protocol.shelf import Shelf
 
 log = logging.getLogger("rlsys.learner")
 
@@ -62,6 +63,8 @@ class LearnerJob:
     publish_dtype: str
     host: str
     settings: LearnerSettings
+    serve_weights: bool = False
+    """Whether generators may ask for versions over the network."""
     histograms: bool = True
     samples_every: int = 10
     """Iterations between samples that are shown as text; 0 never."""
@@ -105,6 +108,7 @@ class Leader:
             ledger=self._ledger,
             on_commit=self._committed,
         )
+        self._shelf: Shelf | None = None
         self._tokens = 0.0
         self._failed = False
         self._iterations_done = 0
@@ -116,6 +120,10 @@ class Leader:
             lora = job.settings.lora
             alone = lora if lora is not None and lora.publish == "adapter" else None
             self._publisher = Publisher(job.weights_dir, job.model_dir, job.publish_dtype, self._ledger, adapters=alone)
+            if job.serve_weights:
+                self._shelf = Shelf(node.transport, "pieces", f"{spec.name}.{spec.start}.pieces", job.weights_dir)
+                node.publish_address("pieces", self._shelf.address)
+                self._shelf.start()
             self._group = self._gather(job)
             self._step = build_step(job.settings, job.model_dir, self._group)
         except BaseException:
@@ -184,6 +192,8 @@ class Leader:
 
     def _close(self) -> None:
         """End the intake first: what arrives until then is still journaled."""
+        if self._shelf is not None:
+            self._shelf.close()
         self._intake.close()
         self._journal.close()
         self._ledger.close()
@@ -311,6 +321,7 @@ class Leader:
             "learner/tokens": self._tokens,
             "learner/commit_s": self._committer.seconds,
             "learner/committed_version": float(self._committer.committed),
+            **({"weights/sent_bytes_total": float(self._shelf.sent_bytes)} if self._shelf else {}),
         }
 
     def _end_when_stopped(self) -> None:

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import zmq
@@ -77,6 +77,10 @@ CHANNELS = {
     "weights": Channel(
         "learner", ("generator", "dispatcher"), (m.Hello, m.WeightsLoaded), (m.WeightsReady, m.Refused), "the newest version, also on Hello"
     ),
+    "pieces": Channel(
+        "learner", ("generator",), (m.PieceRequest,), (m.Piece, m.Refused), "bytes of a version, for hosts that do not see its files"
+    ),
+    "passing": Channel("generator", ("generator",), (m.PieceRequest,), (m.Piece, m.Refused), "the same, from a host that has them already"),
     "outcomes": Channel(
         "dispatcher", ("learner",), (m.Hello, m.GroupOutcome, m.Journaled), (m.Refused,), "terminal states, and what is in the journal"
     ),
@@ -135,6 +139,10 @@ class Transport:
     def cut(self) -> None:
         """From now on nothing arrives and nothing leaves, as behind a broken network: for fault rehearsals."""
         self.severed.set()
+
+    def apart(self) -> Transport:
+        """The same way to bind and connect, with sockets and a thread for input and output of its own: for a thread that moves much."""
+        return replace(self, context=zmq.Context(), opened=[])
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A socket that `close` closes."""

@@ -94,6 +94,7 @@ def publish(
             "canary": canary and canary.as_json(),
             "adds_to": adds_to and asdict(adds_to),
             "shards": {path.name: _describe(path) for path in sorted(aside.glob("*.safetensors"))},
+            "files": {path.name: _outline(path) for path in sorted(aside.iterdir())},
         }
         text = json.dumps(manifest, indent=1).encode()
         (aside / MANIFEST).write_bytes(text)
@@ -127,10 +128,14 @@ def verify(directory: Path, manifest_sha256: str) -> dict[str, Any]:
     return manifest
 
 
+def versions(root: Path) -> list[tuple[Version, Path]]:
+    """The complete versions under `root`, the newest first."""
+    return sorted(((v, d) for d in root.iterdir() if (v := _version_of(d)) is not None), reverse=True)
+
+
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` complete versions. Readers that have one open keep their mapping."""
-    versions = sorted(((v, d) for d in root.iterdir() if (v := _version_of(d)) is not None), reverse=True)
-    for _, directory in versions[keep:]:
+    for _, directory in versions(root)[keep:]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -150,7 +155,10 @@ def _version_of(directory: Path) -> Version | None:
 
 
 def _describe(path: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Name -> {dtype, shape, xxh3_128} of every tensor in a safetensors file, read without any tensor library."""
+    """Name -> {dtype, shape, bytes, xxh3_128} of every tensor in a safetensors file, read without any tensor library.
+
+    `bytes` are its start and end in the file.
+    """
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -170,10 +178,24 @@ def _describe(path: Path) -> Mapping[str, Mapping[str, Any]]:
                 data = file.read(end - start)
                 if len(data) != end - start or len(data) != count:
                     raise WeightsError(f"{path}: {name} has {len(data)} bytes, expected {count}")
-                described[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+                described[name] = {
+                    "dtype": entry["dtype"],
+                    "shape": entry["shape"],
+                    "bytes": [8 + header_size + start, 8 + header_size + end],
+                    "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+                }
             return described
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _outline(path: Path) -> Mapping[str, Any]:
+    """The size of a file, and the hash of what of it is no tensor: its first `hashed_bytes`, a shard's header or all of another file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        hashed = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else size
+        file.seek(0)
+        return {"bytes": size, "hashed_bytes": hashed, "xxh3_128": xxhash.xxh3_128_hexdigest(file.read(hashed))}
 
 
 def _fsync(path: Path) -> None:

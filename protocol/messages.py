@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 2
 Int32Array = Annotated[npt.NDArray[np.int32], "i4"]
 Int64Array = Annotated[npt.NDArray[np.int64], "i8"]
 Float32Array = Annotated[npt.NDArray[np.float32], "f4"]
+UInt8Array = Annotated[npt.NDArray[np.uint8], "u1"]
 BoolArray = Annotated[npt.NDArray[np.bool_], "b1"]
 
 Purpose = Literal["train", "eval"]
@@ -405,6 +406,45 @@ class WeightsLoaded(Message):
     error: str
     canary_error: float
     """Largest difference of a canary's log-probs from the learner's; NaN when none was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceRequest(Message):
+    """Generator to the learner, or to a generator of another host: send these bytes of a published file.
+
+    Example:
+        PieceRequest(number=4, incarnation=0, file="model.safetensors", start=524288, end=1048576)
+    """
+
+    number: int
+    incarnation: int
+    file: str
+    """Of the version's directory, by its name alone."""
+    start: int
+    end: int
+    """Exclusive; beyond the end of the file is the end of the file."""
+
+    def fault(self) -> str:
+        wrong = not 0 <= self.start < self.end or "/" in self.file or self.file.startswith(".")
+        return f"a request for bytes {self.start}:{self.end} of {self.file!r}" if wrong else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece(Message):
+    """The answer to a PieceRequest: bytes of a file as it was published.
+
+    Example:
+        Piece(number=4, incarnation=0, file="model.safetensors", start=524288, has="here", data=array([62, 0, 128]))
+    """
+
+    number: int
+    incarnation: int
+    file: str
+    start: int
+    has: Literal["here", "later", "gone"]
+    """`later`: this host is fetching them itself and has not got them; `gone`: it has no such version, any more or at all."""
+    data: UInt8Array
+    """[n] from `start` on; empty unless `has` is "here"."""
 
 
 # --------------------------------------------------------------------------------------------------- control and observation

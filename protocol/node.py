@@ -153,6 +153,10 @@ class Node:
         """Addresses published under `name`: "role-index" -> address."""
         return {f"{p['role']}-{p['index']}": p["addresses"][name] for p in self._peers if name in p["addresses"]}
 
+    def peers_with(self, name: str) -> dict[str, dict[str, str]]:
+        """Who published an address under `name`: identity -> all its addresses. From any thread."""
+        return {p["identity"]: p["addresses"] for p in self._peers if name in p["addresses"]}
+
     def start(self) -> None:
         """Register with the supervisor; Peers follow."""
         addresses = {channel: endpoint.address for channel, endpoint in self._served.items()} | self._published

@@ -51,6 +51,15 @@ class WeightsSettings(Settings):
         None, description="where versions are written; default: memory (/dev/shm) if it has room, else the run directory"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the published tensors and the final model")
+    transfer: Literal["auto", "directory", "network"] = Field(
+        "auto",
+        description="how generators get versions: as files of a directory that they see, or over the network into a cache of their host; "
+        "auto: over the network where they do not see the directory",
+    )
+    cache: Path | None = Field(
+        None,
+        description="where a host keeps what came over the network; default: memory (/dev/shm) if it has room, else a temporary directory",
+    )
 
 
 class TransportSettings(Settings):
@@ -326,7 +335,14 @@ def _index(part: str, place: list[Any], override: str) -> int:
     return int(part)
 
 
-_PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("weights", "directory"), ("learner", "kl", "reference"))
+_PATHS = (
+    ("model", "path"),
+    ("data", "train"),
+    ("data", "eval"),
+    ("weights", "directory"),
+    ("weights", "cache"),
+    ("learner", "kl", "reference"),
+)
 
 
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)")

@@ -157,6 +157,7 @@ class Fleets:
             "sandbox/samples_total": self.sum("rewarder/scored"),
             **self._by_process("process/rss_bytes", "memory/"),
             **self.sums("verdict/"),
+            **self.sums("weights/"),
         }
 
     def queues(self) -> dict[str, float]:

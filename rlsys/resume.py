@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "learner.gradient_checkpointing",
     "journal",
     "weights.directory",
+    "weights.transfer",
+    "weights.cache",
     "transport",
     "ray",
     "observe",

@@ -12,12 +12,11 @@ from protocol.errors import Fenced, RunEnded, StalenessViolation, UserError
 from protocol.node import Node, ProcessSpec, die_with_parent, on_terminate
 from rlsys.config import RunConfig, load_config
 from rlsys.logs import set_up
+from rlsys.rundir import WEIGHTS_DIR, sees_weights
 from rlsys.schedules import batch_rule, pacing_rule
 from rlsys.stages import stage_plans, stage_rules
 
 log = logging.getLogger("rlsys")
-
-WEIGHTS_DIR = "weights_dir"
 
 FAULT, USER_ERROR, BUG = 1, 2, 3
 """Exit codes of a process: a fault that a restart may mend, one that the user can mend, and one that would only come again."""
@@ -91,6 +90,8 @@ def _dispatcher(node: Node, config: RunConfig) -> None:
 def _generator(node: Node, config: RunConfig) -> None:
     from actors.engines import ENGINES, EngineOptions
     from actors.generator import Generator
+    from actors.host_cache import choose_cache_dir
+    from actors.network_weights import NetworkWeights
     from protocol.registry import resolve
     from rlsys.topology import engine_options
 
@@ -111,11 +112,26 @@ def _generator(node: Node, config: RunConfig) -> None:
     # servers of an engine share nothing; engines in this process use the device that is named, maybe together with the learner
     device = f"{settings.device} of {node.spec.name}" if (settings.engine, settings.device) == ("sglang", "cuda") else settings.device
     engine = resolve(settings.engine, ENGINES, "engine")(options)
+    network = None
     try:
         weights = Path(node.spec.weights_dir) if node.spec.weights_dir else None
-        Generator(node, engine, config.sampling.group_size, settings.dtype, device, weights).run()
+        if over_network(config, node.spec):
+            run_dir, needed = Path(node.spec.run_dir), 3 * 2 * sum(path.stat().st_size for path in config.model.path.glob("*.safetensors"))
+            network = NetworkWeights(node, choose_cache_dir(node.spec.run_id, needed, run_dir / "weights-cache", config.weights.cache))
+        Generator(node, engine, config.sampling.group_size, settings.dtype, device, weights, network).run()
     finally:
+        if network is not None:
+            network.close()
         engine.close()
+
+
+def over_network(config: RunConfig, spec: ProcessSpec) -> bool:
+    """Whether a generator has versions brought over the network: as configured, or because it does not see the directory of the run."""
+    if config.weights.transfer != "auto" or config.transport.kind == "ipc":
+        return config.weights.transfer == "network"
+    named = Path(spec.run_dir) / WEIGHTS_DIR
+    weights = spec.weights_dir or (named.read_text() if named.exists() else "")
+    return not weights or not sees_weights(Path(weights), spec.run_id)
 
 
 def _rewarder(node: Node, config: RunConfig) -> None:
@@ -157,6 +173,7 @@ def _learner(node: Node, config: RunConfig) -> None:
             run_dir=run_dir,
             weights_dir=Path((run_dir / WEIGHTS_DIR).read_text()),
             publish_dtype=config.weights.dtype,
+            serve_weights=config.weights.transfer == "network" or (config.weights.transfer == "auto" and config.transport.kind == "tcp"),
             host=node.spec.host,
             journal_keep_bytes=None if config.journal.keep == "all" else round(config.journal.keep * 1e9),
             settings=config.learner,

@@ -155,6 +155,18 @@ WEIGHTS_PROBE = ".run"
 """A file in the weights directory that holds the run's id, by which a host on a shared file system sees that it is the one."""
 
 
+WEIGHTS_DIR = "weights_dir"
+"""A file in the run directory with the place of the weights directory."""
+
+
+def sees_weights(directory: Path, run_id: str) -> bool:
+    """Whether this process sees the weights directory of that run, and may read it."""
+    try:
+        return (directory / WEIGHTS_PROBE).read_text() == run_id
+    except OSError:
+        return False
+
+
 def write_privately(path: Path, text: str) -> None:
     """A new file that only this user may read; what was there goes."""
     path.unlink(missing_ok=True)

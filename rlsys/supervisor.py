@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors.host_cache import sweep_caches
 from protocol.addresses import numeric
 from protocol.channels import Endpoint, Keys, Poller, Transport
 from protocol.clock import now_s
@@ -41,8 +42,9 @@ from rlsys.lines import open_lines
 from rlsys.logs import bound
 from rlsys.orders import ADDRESS, Orders
 from rlsys.restarts import GiveUp, RestartPolicy
-from rlsys.roles import BUG, USER_ERROR, WEIGHTS_DIR
+from rlsys.roles import BUG, USER_ERROR
 from rlsys.rundir import (
+    WEIGHTS_DIR,
     WEIGHTS_PROBE,
     RunDir,
     check_room,
@@ -778,6 +780,9 @@ class Supervisor:
             for directory in (self._scratch, self._weights_dir):
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)
+            sweep_caches()
+            if self.config.weights.cache is not None:
+                sweep_caches(self.config.weights.cache)
             if self._door is not None:
                 self._door.close(ending.reason or ending.outcome)
             self._launcher.close()

@@ -201,6 +201,10 @@ def _without_weights(state: ProcessState, ring: Sequence[ProcessState], limits: 
         return None
     told = state.facts.get("announced", newest) >= newest
     how = "was told of it and has not loaded it" if told else "has not heard of it"
+    fetching = state.facts.get("fetching", "")
+    if fetching and state.quiet_s <= limits.silent_s:
+        return None  # it comes over the network, and pieces still arrive
+    how = f"fetches it: {fetching}" if fetching else how
     has = f"has v{loaded}" if loaded >= 0 else "has no weights"
     return Blame(
         name=state.name,

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from actors.host_cache import sweep_caches
 from protocol.addresses import numeric, split, towards
 from protocol.channels import Keys, Link, Poller, Transport
 from protocol.errors import UserError
@@ -28,7 +29,7 @@ from protocol.node import ProcessSpec
 from rlsys import __version__
 from rlsys.hosts import describe_keys, fresh_identity
 from rlsys.launchers.local import Child
-from rlsys.rundir import WEIGHTS_PROBE, write_privately
+from rlsys.rundir import WEIGHTS_DIR, sees_weights, write_privately
 from rlsys.token import Token
 
 REPORT_S = 0.5
@@ -98,6 +99,7 @@ class Agent:
             for child in self._children.values():
                 child.kill()
             transport.close(linger_s=1.0)
+            sweep_caches()
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
 
@@ -144,22 +146,20 @@ class Agent:
         content["model"]["path"] = str(model.resolve())
         content["generators"]["options"].pop("devices", None)  # those of the run's host
         if self._role in ("", "generator"):
-            self._check_weights(joined)
+            self._check_weights(joined, content["weights"]["transfer"])
         (self._dir / "logs").mkdir(parents=True, exist_ok=True)
+        (self._dir / WEIGHTS_DIR).write_text(joined.weights_dir)
         (self._dir / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         write_privately(self._dir / "keys.json", describe_keys(joined.public, joined.secret))
 
-    def _check_weights(self, joined: Joined) -> None:
-        """Generators read published versions as files. The seam for versions that travel: this check, and `ProcessSpec.weights_dir`."""
+    def _check_weights(self, joined: Joined, transfer: str) -> None:
+        """Generators that do not see the published files have them brought over the network, unless it was said that they see them."""
         weights = self._weights or Path(joined.weights_dir)
-        try:
-            seen = (weights / WEIGHTS_PROBE).read_text()
-        except OSError:
-            seen = ""
-        if seen != self._token.run_id:
+        if not sees_weights(weights, self._token.run_id) and (self._weights is not None or transfer == "directory"):
             raise UserError(
                 f"this host does not see the run's weights directory {weights}: put it on a file system that both hosts share "
-                "(weights.directory in the run's configuration), and name its place here with --weights DIR if it differs"
+                "(weights.directory in the run's configuration), and name its place here with --weights DIR if it differs; "
+                "or let versions come over the network (weights.transfer: auto or network, and no --weights)"
             )
 
     # ------------------------------------------------------------------------------------------------ being there

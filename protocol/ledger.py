@@ -341,10 +341,13 @@ class Ledger:
         self._write("DELETE FROM checkpoints WHERE number = ?", [(number,) for number in numbers])
 
     def roll_back(self, number: int) -> None:
-        """Go back to the state of version `number`, because every later checkpoint is damaged: what they committed is open again."""
+        """Go back to the state of version `number`, because every later checkpoint is damaged: what they committed is open again.
+
+        That is every group with a place in a batch from this version on, whatever became of it: the batch is trained again as a whole.
+        """
         with self._transaction() as db:
             db.execute("DELETE FROM checkpoints WHERE number > ?", (number,))
-            db.execute("DELETE FROM ended WHERE purpose = 'train' AND state = 'trained' AND iteration >= ?", (number,))
+            db.execute("DELETE FROM ended WHERE purpose = 'train' AND in_batch = 1 AND iteration >= ?", (number,))
 
     def versions(self) -> list[tuple[int, int]]:
         """(number, incarnation) of every published version, in the order of publication."""

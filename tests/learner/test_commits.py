@@ -26,10 +26,11 @@ from tests.protocol.examples import example
 RUN = 5
 
 
-def outcome(group: int, iteration: int) -> GroupOutcome:
+def outcome(group: int, iteration: int, state: str = "trained", *, in_batch: bool = True) -> GroupOutcome:
     message = example("GroupOutcome")
     values = {name: getattr(message, name) for name in message.__dataclass_fields__}
-    return GroupOutcome(**{**values, "group_id": group, "iteration": iteration, "purpose": "train", "state": "trained"})
+    own = {"group_id": group, "iteration": iteration, "purpose": "train", "state": state, "in_batch": in_batch}
+    return GroupOutcome(**{**values, **own})
 
 
 def test_auto_spaces_commits_so_that_they_cost_two_percent() -> None:
@@ -169,6 +170,37 @@ def test_the_last_good_checkpoint_is_used_and_said(tmp_path: Path, damage: str, 
     assert "checkpoint v2 is not used" in caplog.text
     assert "going back to the last good checkpoint, v1" in caplog.text
     assert scene.ledger.ended_groups() == {1}, "what the damaged one had committed is open again"
+    scene.ledger.close()
+
+
+def test_recorded_batches_with_groups_that_were_not_trained_are_trained_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Back to v1: the batches of iterations 1 and 2 hold a filtered, a failed and a rejected group, all committed; what ended early stays so."""
+    scene = Scene(tmp_path)
+    scene.commit(1, [0])
+    journal = Journal(tmp_path / "journal")
+    for group in range(8):
+        record(journal, group, iteration=group // 3)
+    for iteration, groups in enumerate(([0], [1, 2, 3], [4, 5])):
+        batch(journal, iteration, groups)
+    journal.close()
+    rest = [
+        outcome(group, iteration, state, in_batch=in_batch)
+        for group, iteration, state, in_batch in (
+            (1, 1, "trained", True), (2, 1, "filtered", True), (3, 1, "failed", True), (4, 2, "rejected", True), (5, 2, "trained", True),
+            (6, 1, "filtered", False), (7, 2, "superseded", False),
+        )
+    ]  # fmt: skip
+    scene.committer.begin(scene.step, 3, Pending(0, tuple(rest), (0, 0), 0))
+    scene.committer.wait()
+    next((tmp_path / "checkpoints" / "00000003").glob("*.safetensors")).unlink()
+    found = newest_good(scene.ledger, tmp_path)
+    assert found is not None
+    assert found.number == 1
+    ended = scene.ledger.ended_groups()
+    assert ended == {0, 6, 7}, "what had a place in a batch of a rolled back iteration is open again"
+    recovered = sort_out(read_records(tmp_path / "journal"), RUN, ended, version=1, group_size=2, parts=1)
+    assert [(b.iteration, b.groups) for b in recovered.batches] == [(1, [1, 2, 3]), (2, [4, 5])]
+    assert recovered.void_from is None
     scene.ledger.close()
 
 

@@ -27,8 +27,8 @@ from protocol.errors import WeightsError
 from protocol.intervals import Recorder
 from protocol.manifest import MANIFEST, prune, versions
 from protocol.messages import Piece, PieceRequest, Version, WeightsReady
-from protocol.partial import Partial, partial_path, read_layout
-from protocol.pieces import ORIGIN, Cell, Layout, Picker, Region
+from protocol.partial import Partial, num_here, partial_path, read_layout
+from protocol.pieces import ORIGIN, Block, Layout, Picker, Region
 from protocol.shelf import MANIFEST_BYTES
 
 log = logging.getLogger("rlsys.fetcher")
@@ -104,7 +104,7 @@ class Fetcher:
         self.arrivals = 0
         """Counts pieces that came."""
         self.progress: tuple[int, int, int, float] = (-1, 0, 0, 0.0)
-        """Of the fetch under way: version number or -1, cells that are missing, cells in all, when the last one came (monotonic)."""
+        """Of the fetch under way: version number or -1, blocks that are missing, blocks in all, when the last one came (monotonic)."""
         self._waker, self._stop = Waker(), False
         self._links: dict[str, tuple[str, Provider, Link]] = {}
         self._poller = Poller()
@@ -178,7 +178,7 @@ class Fetcher:
         """See to it that this version stands in the cache: fetch it, or wait for the process of this host that does."""
         target = self._cache / str(Version(ready.number, ready.incarnation))
         fd = os.open(self._cache / ".fetching", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline = time.monotonic() + NOTHING_S
+        came, deadline = -1, time.monotonic() + NOTHING_S
         try:
             while not _stands(target, ready):
                 if _locked(fd):
@@ -186,11 +186,13 @@ class Fetcher:
                         self._fetch(ready, target)
                     break
                 self._enter("waiting:weights of this host", "", f"another process of this host fetches v{ready.number}")
-                self._pause(0.05)
+                self._pause(0.1)
                 if self._stop:
                     return
-                if self._wanted is not None and time.monotonic() > deadline:
-                    raise _Gone(f"v{ready.number}: another process of this host has not fetched it within {NOTHING_S:g} s")
+                if (now := num_here(partial_path(self._cache, Version(ready.number, ready.incarnation)))) != came:
+                    came, deadline = now, time.monotonic() + NOTHING_S
+                if time.monotonic() > deadline:
+                    raise _Gone(f"v{ready.number}: the process of this host that fetches it has got nothing of it for {NOTHING_S:g} s")
         finally:
             os.close(fd)
             self.progress = (-1, 0, 0, 0.0)
@@ -263,24 +265,24 @@ class Fetcher:
     def _fill(self, ready: WeightsReady, partial: Partial) -> bool:
         """Bring everything that is missing, check all of it. False when stopped."""
         layout = partial.layout
-        cells = self._reuse(partial)
+        blocks = self._reuse(partial)
         for attempt in range(ROUNDS):
-            picker = Picker(cells, self._own, origin_only=attempt > 0)
+            picker = Picker(blocks, self._own, origin_only=attempt > 0)
             if not self._pump(ready, partial, picker):
                 return False
             self._enter("verify weights", "", f"v{ready.number}")
             wrong = partial.wrong()
             if not wrong:
                 return True
-            cells = layout.cells(wrong)
-            partial.mark((cell.number for cell in cells), here=False)
+            blocks = layout.blocks(wrong)
+            partial.mark((block.number for block in blocks), here=False)
             log.warning("v%d: %d tensors differ from the manifest: they are fetched again", ready.number, len(wrong))
         raise WeightsError(
             f"v{ready.number}: {wrong[0].file} bytes {wrong[0].start}:{wrong[0].end} differ from the manifest, {ROUNDS} times"
         )
 
-    def _reuse(self, partial: Partial) -> list[Cell]:
-        """Copy from the newest complete version what is the same there. The cells that remain to be fetched."""
+    def _reuse(self, partial: Partial) -> list[Block]:
+        """Copy from the newest complete version what is the same there. The blocks that remain to be fetched."""
         layout = partial.layout
         missing = partial.missing(layout.regions)
         base = next(iter(versions(self._cache)), None)
@@ -296,14 +298,14 @@ class Fetcher:
                 self.tally.reused += region.end - region.start
             else:
                 new.append(region)
-        cells = [cell for cell in layout.cells(new) if not partial.has(cell.file, cell.start, cell.end)]
-        partial.mark(set(range(layout.num_cells)) - {cell.number for cell in cells})
-        return cells
+        blocks = [block for block in layout.blocks(new) if not partial.has(block.file, block.start, block.end)]
+        partial.mark(set(range(layout.num_blocks)) - {block.number for block in blocks})
+        return blocks
 
     def _pump(self, ready: WeightsReady, partial: Partial, picker: Picker) -> bool:
         """Ask and take until nothing is missing. False when stopped. Raises WeightsError, and OSError when there is no room."""
         layout = partial.layout
-        wanted = {cell.number: cell for cell in picker.missing}
+        wanted = {block.number: block for block in picker.missing}
         last = time.monotonic()
         gone: set[str] = set()
         while not picker.done:
@@ -321,11 +323,13 @@ class Fetcher:
                 log.warning("v%d: %s owes pieces and is silent: connecting anew", ready.number, self._who(source))
                 self._unlink(source)
                 self._meet()
-            for source, cell in picker.ask(now):
-                request = PieceRequest(number=ready.number, incarnation=ready.incarnation, file=cell.file, start=cell.start, end=cell.end)
+            for source, block in picker.ask(now):
+                request = PieceRequest(
+                    number=ready.number, incarnation=ready.incarnation, file=block.file, start=block.start, end=block.end
+                )
                 self._links[source][2].send(request)
-            self.progress = (ready.number, picker.num_left, layout.num_cells, last)
-            missing = f"{picker.num_left} of {layout.num_cells} pieces of v{ready.number} are missing"
+            self.progress = (ready.number, picker.num_left, layout.num_blocks, last)
+            missing = f"{picker.num_left} of {layout.num_blocks} pieces of v{ready.number} are missing"
             if now - last > 1.0:
                 self._enter("waiting:weights", self._who(min(picker.owing or {ORIGIN: 0})), missing)
             if now - last > NOTHING_S:

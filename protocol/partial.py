@@ -1,6 +1,6 @@
-"""A version that a host is fetching: its files as far as they have come, and which cells those are.
+"""A version that a host is fetching: its files as far as they have come, and which blocks those are.
 
-It lies in a hidden directory beside the complete versions, which no reader takes for one, with `.have`: one byte for each cell, 1 once the cell
+It lies in a hidden directory beside the complete versions, which no reader takes for one, with `.have`: one byte for each block, 1 once the block
 is there. All processes of the host map that file, so whoever fetches, and whoever goes on after it died, knows what has come.
 """
 
@@ -31,6 +31,14 @@ def partial_path(root: Path, version: Version) -> Path:
     return root / f".{version}.partial"
 
 
+def num_here(directory: Path) -> int:
+    """How many blocks of an incomplete version have come; 0 where there is none."""
+    try:
+        return (directory / HAVE).read_bytes().count(1)
+    except OSError:
+        return 0
+
+
 def read_layout(text: bytes, manifest_sha256: str) -> Layout:
     """The layout that a manifest describes. Raises WeightsError when it is not the announced one."""
     if sha256(text).hexdigest() != manifest_sha256:
@@ -47,7 +55,7 @@ class Partial:
     def __init__(self, directory: Path, layout: Layout, have: int, *, writable: bool) -> None:
         self.directory, self.layout = directory, layout
         self._fd = have
-        self._map = mmap.mmap(have, max(1, layout.num_cells), access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        self._map = mmap.mmap(have, max(1, layout.num_blocks), access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         self._files: dict[str, int] = {}
 
     @staticmethod
@@ -62,7 +70,7 @@ class Partial:
             with (directory / name).open("ab") as file:
                 file.truncate(size)
         fd = os.open(directory / HAVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.ftruncate(fd, max(1, layout.num_cells))
+        os.ftruncate(fd, max(1, layout.num_blocks))
         aside = directory / f".{MANIFEST}"
         aside.write_bytes(manifest)
         aside.replace(known)  # last: who sees it sees all files
@@ -80,7 +88,7 @@ class Partial:
     @property
     def alive(self) -> bool:
         """Whether it may still grow, or has all: False for what was given up and removed."""
-        return os.fstat(self._fd).st_nlink > 0 or self._map.find(b"\0", 0, self.layout.num_cells) < 0
+        return os.fstat(self._fd).st_nlink > 0 or self._map.find(b"\0", 0, self.layout.num_blocks) < 0
 
     def has(self, file: str, start: int, end: int) -> bool:
         """Whether these bytes have come."""
@@ -91,11 +99,11 @@ class Partial:
         return self._map.find(b"\0", first, last + 1) < 0
 
     def missing(self, regions: Iterable[Region]) -> list[Region]:
-        """Those of which any cell has not come."""
+        """Those of which any block has not come."""
         return [r for r in regions if any(not self._map[number] for number in self.layout.numbers(r))]
 
     def mark(self, numbers: Iterable[int], *, here: bool = True) -> None:
-        """These cells are here, or after all not."""
+        """These blocks are here, or after all not."""
         for number in numbers:
             self._map[number] = here
 

@@ -1,8 +1,8 @@
 """Which bytes of a version a host fetches, and from whom. Pure: no sockets, no clocks, no files.
 
-A version's files are cut into cells of CELL_BYTES, numbered the same on every host. Of n hosts that fetch, host number i takes every n-th
-cell, from i on, from the learner and all others from the host whose cell it is, which passes it on as soon as it has it. So the learner's link
-carries a version about once, however many hosts there are. Who dies, is slow or has nothing loses its cells to the learner; only bytes that
+A version's files are cut into blocks of BLOCK_BYTES, numbered the same on every host. Of n hosts that fetch, host number i takes every n-th
+block, from i on, from the learner and all others from the host whose block it is, which passes it on as soon as it has it. So the learner's link
+carries a version about once, however many hosts there are. Who dies, is slow or has nothing loses its blocks to the learner; only bytes that
 differ from what the host has already (frozen tensors, adapters) travel at all.
 """
 
@@ -13,15 +13,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CELL_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 19
 """Large enough that a request costs little beside its bytes, small enough that a slow link delivers one in a second."""
 WINDOW = 8
-"""Cells that are asked of one source at a time: 4 MB, what 1 Gbit/s with a round trip of 30 ms holds."""
+"""Blocks that are asked of one source at a time: 4 MB, what 1 Gbit/s with a round trip of 30 ms holds."""
 REST_S = 2.0
 """How long a source that had nothing to give is left alone; twice as long each further time, at most REST_LIMIT_S."""
 REST_LIMIT_S = 32.0
 SILENT_S = 5.0
-"""A source that owes cells and sends none for so long is taken for cut off: others are asked, and it rests."""
+"""A source that owes blocks and sends none for so long is taken for cut off: others are asked, and it rests."""
 
 ORIGIN = ""
 """The learner's name among sources; all others are names of hosts."""
@@ -38,8 +38,8 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """Bytes of one cell that are missing: [start, end) of a file. `number` counts the version's cells."""
+class Block:
+    """Bytes of one block that are missing: [start, end) of a file. `number` counts the version's blocks."""
 
     number: int
     file: str
@@ -48,20 +48,20 @@ class Cell:
 
 
 class Layout:
-    """Files, regions and cells of a version, from its manifest."""
+    """Files, regions and blocks of a version, from its manifest."""
 
     def __init__(self, manifest: Mapping[str, Any]) -> None:
         """Raises KeyError, TypeError or ValueError for what is no manifest of ours."""
         self.sizes: dict[str, int] = {name: int(entry["bytes"]) for name, entry in sorted(manifest["files"].items())}
         self.regions: list[Region] = []
         self._first: dict[str, int] = {}
-        self.num_cells = 0
+        self.num_blocks = 0
         for name, size in self.sizes.items():
             entry = manifest["files"][name]
             if "/" in name or name.startswith(".") or size < 0:
                 raise ValueError(f"{name!r} is no name of a published file")
-            self._first[name] = self.num_cells
-            self.num_cells += -(-size // CELL_BYTES)
+            self._first[name] = self.num_blocks
+            self.num_blocks += -(-size // BLOCK_BYTES)
             self.regions.append(Region(name, 0, int(entry["hashed_bytes"]), entry["xxh3_128"]))
             for tensor in manifest["shards"].get(name, {}).values():
                 start, end = tensor["bytes"]
@@ -71,41 +71,41 @@ class Layout:
         self.regions.sort(key=lambda region: (region.file, region.start))
 
     def number(self, file: str, offset: int) -> int:
-        """The cell that holds this byte."""
-        return self._first[file] + offset // CELL_BYTES
+        """The block that holds this byte."""
+        return self._first[file] + offset // BLOCK_BYTES
 
     def numbers(self, region: Region) -> range:
-        """The cells that hold any byte of a region."""
+        """The blocks that hold any byte of a region."""
         if region.start == region.end:
             return range(0)
         return range(self.number(region.file, region.start), self.number(region.file, region.end - 1) + 1)
 
-    def cells(self, regions: Iterable[Region]) -> list[Cell]:
-        """What of each cell must be fetched so that these regions are there: from its first missing byte to its last."""
+    def blocks(self, regions: Iterable[Region]) -> list[Block]:
+        """What of each block must be fetched so that these regions are there: from its first missing byte to its last."""
         bounds: dict[int, tuple[str, int, int]] = {}
         for region in regions:
             for number in self.numbers(region):
-                base = (number - self._first[region.file]) * CELL_BYTES
-                start, end = max(region.start, base), min(region.end, base + CELL_BYTES)
+                base = (number - self._first[region.file]) * BLOCK_BYTES
+                start, end = max(region.start, base), min(region.end, base + BLOCK_BYTES)
                 if number in bounds:
                     start, end = min(start, bounds[number][1]), max(end, bounds[number][2])
                 bounds[number] = (region.file, start, end)
-        return [Cell(number, *bounds[number]) for number in sorted(bounds)]
+        return [Block(number, *bounds[number]) for number in sorted(bounds)]
 
 
 class Picker:
-    """What to ask of whom next. Every cell is asked of one source at a time, until it has come.
+    """What to ask of whom next. Every block is asked of one source at a time, until it has come.
 
     `own` is this host's name. With `origin_only` nothing is asked of other hosts, because what they gave was wrong. Times are seconds of any
     clock that only goes forward, given by the caller.
     """
 
-    def __init__(self, cells: Sequence[Cell], own: str, *, origin_only: bool = False) -> None:
+    def __init__(self, blocks: Sequence[Block], own: str, *, origin_only: bool = False) -> None:
         self._own = own
-        self._left = {cell.number: cell for cell in cells}
+        self._left = {block.number: block for block in blocks}
         self._origin_only = origin_only
-        self._shares: dict[str, deque[Cell]] = {own: deque(cells)}
-        """Host -> its share of the cells that nobody was asked for yet."""
+        self._shares: dict[str, deque[Block]] = {own: deque(blocks)}
+        """Host -> its share of the blocks that nobody was asked for yet."""
         self._asked: dict[int, str] = {}
         self._flying: Counter[str] = Counter()
         self._hosts: list[str] = [own]
@@ -116,22 +116,22 @@ class Picker:
 
     @property
     def done(self) -> bool:
-        """Whether every cell has come."""
+        """Whether every block has come."""
         return not self._left
 
     @property
     def num_left(self) -> int:
-        """Cells that have not come."""
+        """Blocks that have not come."""
         return len(self._left)
 
     @property
-    def missing(self) -> list[Cell]:
-        """Cells that have not come."""
+    def missing(self) -> list[Block]:
+        """Blocks that have not come."""
         return list(self._left.values())
 
     @property
     def owing(self) -> dict[str, int]:
-        """Source -> cells that it was asked for and has not sent."""
+        """Source -> blocks that it was asked for and has not sent."""
         return {source: count for source, count in self._flying.items() if count}
 
     def sources(self, names: Collection[str]) -> None:
@@ -150,28 +150,28 @@ class Picker:
 
     def _share(self) -> None:
         self._shares = {host: deque() for host in self._hosts}
-        for number, cell in self._left.items():
+        for number, block in self._left.items():
             if number not in self._asked:
-                self._shares[self._owner(number)].append(cell)
+                self._shares[self._owner(number)].append(block)
 
     def _owner(self, number: int) -> str:
         return self._hosts[number % len(self._hosts)]
 
-    def ask(self, now_s: float) -> list[tuple[str, Cell]]:
+    def ask(self, now_s: float) -> list[tuple[str, Block]]:
         """Requests to send now, in this order; each counts as sent."""
-        requests: list[tuple[str, Cell]] = []
+        requests: list[tuple[str, Block]] = []
         for source in sorted(self._sources):
             if self._resting(source, now_s):
                 continue
             if not self._flying[source]:
                 self._heard[source] = now_s
-            while self._flying[source] < WINDOW and (cell := self._next(source, now_s)) is not None:
-                self._asked[cell.number] = source
+            while self._flying[source] < WINDOW and (block := self._next(source, now_s)) is not None:
+                self._asked[block.number] = source
                 self._flying[source] += 1
-                requests.append((source, cell))
+                requests.append((source, block))
         return requests
 
-    def _next(self, source: str, now_s: float) -> Cell | None:
+    def _next(self, source: str, now_s: float) -> Block | None:
         own = self._shares[self._own]
         if source != ORIGIN:
             if share := self._shares[source]:
@@ -189,19 +189,19 @@ class Picker:
         return self._rest.get(source, (now_s, 0.0))[0] > now_s
 
     def arrived(self, source: str, number: int, now_s: float) -> bool:
-        """A cell came. Whether it is one that was missing; what comes late, from whoever it was, is taken as well."""
+        """A block came. Whether it is one that was missing; what comes late, from whoever it was, is taken as well."""
         self._heard[source] = now_s
         self._rest.pop(source, None)
         asked = self._asked.pop(number, None)
         if asked is not None:
             self._flying[asked] -= 1
-        cell = self._left.pop(number, None)
-        if cell is not None and asked is None:
-            self._shares[self._owner(number)].remove(cell)
-        return cell is not None
+        block = self._left.pop(number, None)
+        if block is not None and asked is None:
+            self._shares[self._owner(number)].remove(block)
+        return block is not None
 
     def refused(self, source: str, number: int, now_s: float) -> None:
-        """A source has not got that cell: it rests, and everything that it owes is asked of others."""
+        """A source has not got that block: it rests, and everything that it owes is asked of others."""
         self._heard[source] = now_s
         if self._asked.get(number) == source:
             self._let_rest(source, now_s)
@@ -211,7 +211,7 @@ class Picker:
         self._take_back(source)
 
     def silent(self, now_s: float) -> list[str]:
-        """Sources that owe cells and have sent none for SILENT_S: they rest now, and are worth a new connection."""
+        """Sources that owe blocks and have sent none for SILENT_S: they rest now, and are worth a new connection."""
         found = [s for s, count in self._flying.items() if count and now_s - self._heard[s] >= SILENT_S]
         for source in found:
             self._let_rest(source, now_s)

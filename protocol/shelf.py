@@ -23,14 +23,14 @@ from protocol.errors import WireError
 from protocol.manifest import MANIFEST, versions
 from protocol.messages import Piece, PieceRequest, Version
 from protocol.partial import Partial, partial_path
-from protocol.pieces import CELL_BYTES
+from protocol.pieces import BLOCK_BYTES
 
 log = logging.getLogger("rlsys.shelf")
 
 Has = Literal["here", "later", "gone"]
 
 PARK_S = 2.0
-"""How long a request waits for a cell that this host is fetching itself, before it is told so."""
+"""How long a request waits for a block that this host is fetching itself, before it is told so."""
 LOOK_S = 0.02
 """How often waiting requests are looked at."""
 IDLE_S = 30.0
@@ -57,7 +57,7 @@ class _Open:
             return None
         if file not in self._files:
             self._files[file] = os.open(self._directory / file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        most = MANIFEST_BYTES if file == MANIFEST else CELL_BYTES
+        most = MANIFEST_BYTES if file == MANIFEST else BLOCK_BYTES
         return os.pread(self._files[file], min(end - start, most), start)
 
     def open_all(self) -> None:

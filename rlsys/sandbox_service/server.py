@@ -87,6 +87,8 @@ class Service:
         self._taken = self._running = self._judged = 0
         self._mean_s = 1.0
         self._lock = threading.Lock()
+        self._closed = False
+        """The cells are being ended: what ends now did not end by itself."""
         self._ending = asyncio.Event()
         self._document = json.dumps(openapi()).encode()
 
@@ -114,6 +116,7 @@ class Service:
             while self._taken and time.monotonic() < end:
                 await asyncio.sleep(0.05)
         finally:
+            self._closed = True
             await asyncio.to_thread(self._bench.sandbox.close)  # what is still judged ends as a fault, which its client is told
             end = time.monotonic() + ANSWER_S
             while self._taken and time.monotonic() < end:
@@ -212,6 +215,8 @@ class Service:
                 raise _Refused(500, "infrastructure_fault", str(fault), "sandbox") from None
             except DataError as error:
                 raise _Refused(400, "bad_problem", str(error), "problem") from None
+            if self._closed:
+                raise _Refused(503, "ending", "this server has ended before it was judged", "server", retry_after_s=5)
             self._judged += 1
             self._mean_s += 0.1 * (verdict.judged_s - self._mean_s)
             return web.json_response(verdict.model_dump())

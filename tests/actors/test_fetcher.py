@@ -24,7 +24,7 @@ from protocol.errors import WeightsError
 from protocol.manifest import publish, verify
 from protocol.messages import PieceRequest, Version, WeightsReady
 from protocol.partial import Partial, partial_path
-from protocol.pieces import CELL_BYTES, ORIGIN
+from protocol.pieces import BLOCK_BYTES, ORIGIN
 from protocol.shelf import Shelf
 
 DEADLINE_S = 30.0
@@ -85,7 +85,7 @@ def network(tmp_path: Path) -> Iterator[Network]:
     made.close()
 
 
-def tensors(seed: int = 0, count: int = 12, size: int = CELL_BYTES // 4) -> dict[str, np.ndarray]:
+def tensors(seed: int = 0, count: int = 12, size: int = BLOCK_BYTES // 4) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {f"t{i}": rng.random(size + i, dtype=np.float32) for i in range(count)}
 
@@ -125,7 +125,7 @@ def test_a_version_comes_whole_and_then_only_what_changed(network: Network) -> N
     until(have(host, ready), "v2")
     verify(network.caches["a"] / "v2", ready.manifest_sha256)
     travelled = shelf.sent_bytes - before
-    assert first["t5"].nbytes <= travelled < first["t5"].nbytes + 3 * CELL_BYTES
+    assert first["t5"].nbytes <= travelled < first["t5"].nbytes + 3 * BLOCK_BYTES
     assert host.tally.reused >= sum(t.nbytes for name, t in first.items() if name != "t5")
 
 
@@ -139,7 +139,7 @@ def test_after_a_cut_it_goes_on_where_it_was(network: Network) -> None:
     for path in (network.root / "v1").glob("model*"):
         (partial.directory / path.name).write_bytes(path.read_bytes())
     partial.mark(range(came))
-    assert partial.layout.num_cells > 3 * came
+    assert partial.layout.num_blocks > 3 * came
     partial.close()
     network.shelve("learner-0@1", half, ORIGIN)
     host = network.host(0, "a")
@@ -154,8 +154,8 @@ def test_after_a_cut_it_goes_on_where_it_was(network: Network) -> None:
     after.want(ready)
     until(have(after, ready), "v1")
     verify(network.caches["a"] / "v1", ready.manifest_sha256)
-    assert after.arrivals == partial.layout.num_cells - came, "what had come did not travel again"
-    assert shelf.sent_bytes <= ready.num_bytes - (came - 1) * CELL_BYTES
+    assert after.arrivals == partial.layout.num_blocks - came, "what had come did not travel again"
+    assert shelf.sent_bytes <= ready.num_bytes - (came - 1) * BLOCK_BYTES
 
 
 class Cutting:
@@ -212,7 +212,7 @@ class Cutting:
 def test_through_connections_that_are_cut_again_and_again_it_comes_whole(network: Network) -> None:
     ready = network.publish(1, tensors(count=40))
     shelf = network.shelve("learner-0@1", network.root, ORIGIN)
-    relay = Cutting(shelf.address, every=6 * CELL_BYTES)
+    relay = Cutting(shelf.address, every=6 * BLOCK_BYTES)
     try:
         network.serving = {"learner-0@1": Provider("pieces", relay.address, ORIGIN)}
         host = network.host(0, "a")

@@ -1,4 +1,4 @@
-"""Which cells a host asks of whom: against cuts, refusals and dying peers in any order, and how much of it the learner carries."""
+"""Which blocks a host asks of whom: against cuts, refusals and dying peers in any order, and how much of it the learner carries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.pieces import CELL_BYTES, ORIGIN, SILENT_S, WINDOW, Cell, Layout, Picker, Region
+from protocol.pieces import BLOCK_BYTES, ORIGIN, SILENT_S, WINDOW, Block, Layout, Picker, Region
 
 
-def cells(count: int) -> list[Cell]:
-    return [Cell(n, "model.safetensors", n * CELL_BYTES, (n + 1) * CELL_BYTES) for n in range(count)]
+def blocks(count: int) -> list[Block]:
+    return [Block(n, "model.safetensors", n * BLOCK_BYTES, (n + 1) * BLOCK_BYTES) for n in range(count)]
 
 
 def manifest(**tensors: tuple[int, int]) -> dict[str, object]:
@@ -28,15 +28,15 @@ def manifest(**tensors: tuple[int, int]) -> dict[str, object]:
 
 
 def test_regions_cover_every_byte_and_cells_are_cut_where_all_hosts_cut_them() -> None:
-    layout = Layout(manifest(a=(100, CELL_BYTES + 50), b=(CELL_BYTES + 50, 3 * CELL_BYTES)))
-    assert layout.num_cells == 1 + 3
-    assert sum(r.end - r.start for r in layout.regions) == 7 + 3 * CELL_BYTES
+    layout = Layout(manifest(a=(100, BLOCK_BYTES + 50), b=(BLOCK_BYTES + 50, 3 * BLOCK_BYTES)))
+    assert layout.num_blocks == 1 + 3
+    assert sum(r.end - r.start for r in layout.regions) == 7 + 3 * BLOCK_BYTES
     a, b = (next(r for r in layout.regions if r.xxh3_128 == name) for name in "ab")
     name = "model.safetensors"
-    assert layout.cells([a]) == [Cell(1, name, 100, CELL_BYTES), Cell(2, name, CELL_BYTES, CELL_BYTES + 50)]
-    assert layout.cells([a, b])[1] == Cell(2, name, CELL_BYTES, 2 * CELL_BYTES), "both parts of a shared cell in one request"
-    assert layout.cells([b]) == [Cell(2, name, CELL_BYTES + 50, 2 * CELL_BYTES), Cell(3, name, 2 * CELL_BYTES, 3 * CELL_BYTES)]
-    assert layout.cells([Region(name, 5, 5, "")]) == []
+    assert layout.blocks([a]) == [Block(1, name, 100, BLOCK_BYTES), Block(2, name, BLOCK_BYTES, BLOCK_BYTES + 50)]
+    assert layout.blocks([a, b])[1] == Block(2, name, BLOCK_BYTES, 2 * BLOCK_BYTES), "both parts of a shared block in one request"
+    assert layout.blocks([b]) == [Block(2, name, BLOCK_BYTES + 50, 2 * BLOCK_BYTES), Block(3, name, 2 * BLOCK_BYTES, 3 * BLOCK_BYTES)]
+    assert layout.blocks([Region(name, 5, 5, "")]) == []
 
 
 @pytest.mark.parametrize("name", ["../keys.json", ".users", "a/b"])
@@ -54,17 +54,17 @@ EVENTS = st.lists(
 @given(st.integers(1, 60), st.integers(0, 3), EVENTS)
 def test_every_cell_comes_once_whoever_dies_or_is_cut_off(count: int, num_peers: int, events: list[tuple[str, int]]) -> None:
     hosts = [f"h{i}" for i in range(num_peers)]
-    picker, now = Picker(cells(count), "me"), 0.0
+    picker, now = Picker(blocks(count), "me"), 0.0
     there, flying, lost = {ORIGIN, *hosts}, dict[int, str](), list[tuple[str, int]]()
     taken = Counter[int]()
     picker.sources(there)
 
     def ask() -> None:
-        for source, cell in picker.ask(now):
+        for source, block in picker.ask(now):
             assert source in there
-            assert cell.number not in flying, "asked of two at a time"
-            assert not taken[cell.number], "asked though it has come"
-            flying[cell.number] = source
+            assert block.number not in flying, "asked of two at a time"
+            assert not taken[block.number], "asked though it has come"
+            flying[block.number] = source
         assert max(Counter(flying.values()).values(), default=0) <= WINDOW
         assert picker.owing == dict(Counter(flying.values()))
 
@@ -120,24 +120,24 @@ def test_every_cell_comes_once_whoever_dies_or_is_cut_off(count: int, num_peers:
 
 
 def test_what_a_host_got_wrong_from_others_it_asks_of_the_learner_alone() -> None:
-    picker = Picker(cells(20), "me", origin_only=True)
+    picker = Picker(blocks(20), "me", origin_only=True)
     picker.sources({ORIGIN, "h1"})
     assert {source for source, _ in picker.ask(0.0)} == {ORIGIN}
 
 
 def test_without_the_learner_it_goes_on_with_what_others_have() -> None:
-    picker = Picker(cells(20), "me")
+    picker = Picker(blocks(20), "me")
     picker.sources({"h1"})
     while not picker.done:
         asked = picker.ask(0.0)
         assert asked and {source for source, _ in asked} == {"h1"}
-        for source, cell in asked:
-            picker.arrived(source, cell.number, 0.0)
+        for source, block in asked:
+            picker.arrived(source, block.number, 0.0)
 
 
 @dataclass
 class _Node:
-    """A host in a network where every link carries one cell a tick each way."""
+    """A host in a network where every link carries one block a tick each way."""
 
     name: str
     picker: Picker
@@ -147,8 +147,8 @@ class _Node:
 
 
 def spread(num_hosts: int, count: int, starts: list[int]) -> tuple[list[int], int]:
-    """Ticks at which each host was done, and cells that the learner sent."""
-    nodes = [_Node(f"h{i}", Picker(cells(count), f"h{i}")) for i in range(num_hosts)]
+    """Ticks at which each host was done, and blocks that the learner sent."""
+    nodes = [_Node(f"h{i}", Picker(blocks(count), f"h{i}")) for i in range(num_hosts)]
     names = {ORIGIN, *(node.name for node in nodes)}
     learner, sent = _Node(ORIGIN, Picker([], ORIGIN), set(range(count))), 0
     by_name = {node.name: node for node in [learner, *nodes]}
@@ -156,11 +156,11 @@ def spread(num_hosts: int, count: int, starts: list[int]) -> tuple[list[int], in
         for node, start in zip(nodes, starts, strict=True):
             if tick >= start:
                 node.picker.sources(names)
-                for source, cell in node.picker.ask(float(tick)):
-                    by_name[source].queue.append((node.name, cell.number))
+                for source, block in node.picker.ask(float(tick)):
+                    by_name[source].queue.append((node.name, block.number))
         arriving = set[str]()
         for server in by_name.values():
-            for _ in range(len(server.queue)):  # the first request that can be served: its cell is here, the other's link is free
+            for _ in range(len(server.queue)):  # the first request that can be served: its block is here, the other's link is free
                 peer, number = server.queue.popleft()
                 if number in server.have and peer not in arriving:
                     node = by_name[peer]

@@ -25,8 +25,11 @@ APART = ["unshare", "--map-root-user", "--mount"]
 
 
 @contextmanager
-def joined_apart(run: Run, weights: Path, inside: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Two generators of a host on which `weights` is another, empty directory. It is gone at the end."""
+def joined_apart(run: Run, weights: Path, inside: str = "", asked_in: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Two generators of a host on which `weights` is another, empty directory. It is gone at the end.
+
+    The host is the namespace `inside`; the token is asked for in `asked_in`, the run's.
+    """
     if subprocess.run([*APART, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this user may not make mount namespaces here")
     script = f"mount -t tmpfs none {weights} && exec {sys.executable} -P -m rlsys join - --role generator --count 2 --name apart"
@@ -40,7 +43,7 @@ def joined_apart(run: Run, weights: Path, inside: str = "") -> Iterator[subproce
     )
     try:
         assert joiner.stdin is not None
-        joiner.stdin.write(token_of(run) + "\n")
+        joiner.stdin.write(token_of(run, inside=asked_in) + "\n")
         joiner.stdin.close()
         joiner.stdin = None
         yield joiner
@@ -106,7 +109,7 @@ def test_over_a_thin_path_that_is_cut_for_20_s_versions_come_whole_and_nothing_i
         simulated["deadlines"] = {"heartbeat_s": 40.0}
         run = start(at(tmp_path, over_tcp(simulated, hosts.address)), inside=hosts.ours)
         run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
-        with joined_apart(run, tmp_path / "weights", inside=hosts.theirs) as joiner:
+        with joined_apart(run, tmp_path / "weights", inside=hosts.theirs, asked_in=hosts.ours) as joiner:
             run.until(there(run, "generator-1", "generator-2"), "work of generators that see no weights")
             hosts.cut()
             cut_s = run.status()["time_s"]

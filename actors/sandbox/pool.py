@@ -115,9 +115,14 @@ class CellPool:
 
     def _add(self, cells: list[Cell], number: int) -> None:
         fresh = self._start_cells(number)
-        cells += fresh
         with self._changed:
-            self._busy.update(fresh)
+            if not self._closed:
+                cells += fresh
+                self._busy.update(fresh)
+                return
+        for cell in fresh:  # `close` came meanwhile and has not seen these: nothing may run in them
+            cell.close()
+        raise InfrastructureFault("the sandbox is closed")
 
     def _give_back(self, cells: list[Cell]) -> None:
         with self._changed:

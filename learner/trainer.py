@@ -93,8 +93,8 @@ class Leader:
         batcher = Batcher(job.settings, job.batches, job.group_size)
         self._stages = StageClock(job.stages, iterations=job.iterations, max_staleness=job.batches.max_staleness)
         spec = node.spec
-        self._journal = Journal(job.run_dir / "journal")
         self._ledger = Ledger(job.run_dir / "ledger.sqlite", Writer(spec.role, spec.index, spec.start))
+        self._journal = Journal(job.run_dir / "journal", self._ledger.journal_end())
         self._checkpoint = newest_good(self._ledger, job.run_dir)
         versions, ended = self._ledger.versions(), self._ledger.ended_groups()
         self._incarnation = max((incarnation for _, incarnation in versions), default=-1) + 1

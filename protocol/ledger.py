@@ -336,6 +336,10 @@ class Ledger:
         )
         return [Checkpoint(**dict(zip((f.name for f in fields(Checkpoint)), row, strict=True))) for row in rows]
 
+    def journal_end(self) -> tuple[int, int]:
+        """(segment, offset) up to which commits stand for what the journal holds; (-1, 0) without any."""
+        return max(((c.journal_segment, c.journal_end) for c in self.checkpoints()), default=(-1, 0))
+
     def forget_checkpoints(self, numbers: Iterable[int]) -> None:
         """Their directories are about to be removed, because newer ones are committed."""
         self._write("DELETE FROM checkpoints WHERE number = ?", [(number,) for number in numbers])

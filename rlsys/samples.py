@@ -23,7 +23,7 @@ def read_trajectories(run_dir: Path, *, newest_segments: int | None = None) -> I
         raise DataError(f"{run_dir}: holds no journal")
     first = numbers[0] if newest_segments is None else numbers[-newest_segments:][0]
     seen: set[tuple[int, int]] = set()
-    for record in read_records(journal, first, lambda path, end: None):
+    for record in read_records(journal, first, lambda damage: None):
         kind, *frames = record.frames
         if kind != b"trajectory":
             continue

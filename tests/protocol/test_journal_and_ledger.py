@@ -9,8 +9,8 @@ import pytest
 
 import protocol.journal as journal_module
 from protocol.errors import DataError, Fenced, JournalError
-from protocol.journal import Journal, read_journal, read_records, segments
-from protocol.ledger import Issue, Ledger, Writer
+from protocol.journal import Damage, Journal, cut_torn_tail, read_journal, read_records, segments
+from protocol.ledger import Checkpoint, Issue, Ledger, Writer
 from protocol.messages import GroupOutcome
 from tests.disks import largest_file
 from tests.protocol.examples import example
@@ -40,7 +40,7 @@ def test_segments_are_cut_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for i in range(10):
         journal.append([bytes([i]) * 40])
     journal.close()
-    assert len(list(tmp_path.iterdir())) == 10, "two records of 57 bytes do not fit into 100"
+    assert len(list(tmp_path.iterdir())) == 10, "two records of 65 bytes do not fit into 100"
     assert [record[0][0] for record in read_journal(tmp_path)] == list(range(10))
 
 
@@ -77,7 +77,7 @@ def test_a_torn_tail_is_cut_when_the_journal_is_opened_again(tmp_path: Path, cap
     path.write_bytes(path.read_bytes()[:-2])
     with caplog.at_level(logging.WARNING):
         again = Journal(tmp_path)
-    assert "the last 19 bytes were not completely written; the journal ends at its last good record" in caplog.text
+    assert "the last 27 bytes were not completely written; the journal ends at byte 28" in caplog.text
     again.append([b"third"])
     again.close()
     assert list(read_journal(tmp_path, strict=True)) == [[b"first"], [b"third"]]
@@ -92,15 +92,74 @@ def test_a_damaged_record_is_left_out_and_said_and_what_follows_is_read(tmp_path
     data[ends[1] - 1] ^= 1
     path.write_bytes(bytes(data))
     damaged: list[int] = []
-    found = [record.frames for record in read_records(tmp_path, 0, lambda _, end: damaged.append(end))]
+    found = [record.frames for record in read_records(tmp_path, 0, lambda damage: damaged.append(damage.end))]
     assert found == [[b"first"], [b"third"]]
     assert damaged == [ends[1]]
+
+
+def test_after_a_damaged_length_reading_goes_on_at_the_next_good_record(tmp_path: Path) -> None:
+    """Whichever bit of a head is flipped, that record alone is lost, and opening the journal again cuts nothing."""
+    journal = Journal(tmp_path)
+    ends = [journal.append([word, b"x" * 30])[1] for word in (b"first", b"second", b"third", b"fourth")]
+    journal.close()
+    path = tmp_path / "000000.journal"
+    whole = path.read_bytes()
+    for byte in range(ends[0], ends[0] + 20):
+        for bit in range(8):
+            data = bytearray(whole)
+            data[byte] ^= 1 << bit
+            path.write_bytes(bytes(data))
+            damaged: list[Damage] = []
+            found = [record.frames[0] for record in read_records(tmp_path, 0, damaged.append)]
+            assert (found, damaged) == ([b"first", b"third", b"fourth"], [Damage(path, ends[0], ends[1])]), (byte, bit)
+            assert cut_torn_tail(tmp_path) == 0
+
+
+def test_bytes_that_are_gone_from_the_middle_cost_only_their_records(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    ends = [journal.append([bytes([i]) * 50])[1] for i in range(6)]
+    journal.close()
+    path = tmp_path / "000000.journal"
+    data = path.read_bytes()
+    path.write_bytes(data[: ends[1] + 7] + data[ends[2] + 9 :])
+    assert [frames[0][0] for frames in read_journal(tmp_path)] == [0, 1, 4, 5]
+    assert cut_torn_tail(tmp_path) == 0
+
+
+def test_what_a_commit_stands_for_is_never_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    ends = [journal.append([word])[1] for word in (b"first", b"second", b"third")]
+    journal.close()
+    path = tmp_path / "000000.journal"
+    data = bytearray(path.read_bytes())
+    data[ends[0] + 4] ^= 8
+    data[ends[1] + 4] ^= 8
+    path.write_bytes(bytes(data))
+    with caplog.at_level(logging.WARNING):
+        Journal(tmp_path, (0, ends[1])).close()
+    assert path.read_bytes() == bytes(data[: ends[1]]), "the last record is no commit's"
+    assert f"bytes {ends[0]} to {ends[1]} are damaged, although they were committed" in caplog.text
+    assert "000000.journal: the last 28 bytes were not completely written" in caplog.text
+
+
+def test_the_newest_commit_says_how_far_the_journal_must_reach(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert ledger.journal_end() == (-1, 0)
+    for number, end in ((1, (0, 900)), (2, (1, 20))):
+        ledger.commit(
+            Checkpoint(
+                number=number, incarnation=0, directory="c", sha256="ab", journal_segment=end[0], journal_end=end[1], first_segment=0, committed_s=1.0
+            ),
+            [],
+        )  # fmt: skip
+    assert ledger.journal_end() == (1, 20)
+    ledger.close()
 
 
 def test_a_full_disk_leaves_no_half_record(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     _, end = journal.append([b"first"])
-    with largest_file(end + 30), pytest.raises(DataError, match="the journal cannot be written"):
+    with largest_file(end + 40), pytest.raises(DataError, match="the journal cannot be written"):
         journal.append([b"x" * 100])
     journal.append([b"second"])
     journal.close()

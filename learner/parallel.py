@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -77,8 +78,19 @@ class SingleProcess:
 
 
 def open_store(host: str, ranks: int, timeout_s: float) -> TCPStore:
-    """Rank 0's meeting point, listening on a free port of `host`: publish `store.port`, then pass the store to `join`."""
-    return TCPStore(host, 0, ranks, is_master=True, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
+    """Rank 0's meeting point, listening on a free port of `host` and of no other address: publish `store.port`, then pass the store to `join`.
+
+    The socket is bound here, because a store that binds its own listens on every interface.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        listener.bind(address)
+        listener.listen()
+        port = listener.getsockname()[1]
+        return TCPStore(
+            host, port, ranks, is_master=True, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
 
 
 def connect_store(host: str, port: int, ranks: int, timeout_s: float) -> TCPStore:

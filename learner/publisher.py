@@ -18,7 +18,7 @@ from learner.settings import LoraSettings
 from protocol.canary import Canary
 from protocol.errors import UserError
 from protocol.ledger import Ledger
-from protocol.manifest import ADAPTERS, AddsTo, Published, digest, prune, publish, remove_older_incarnations
+from protocol.manifest import ADAPTERS, AddsTo, Published, digest, prune, publish, remove_older_incarnations, versions
 from protocol.messages import Version, WeightsReady
 
 KEEP = 2
@@ -34,6 +34,12 @@ CONFIG_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+
+
+def next_incarnation(root: Path, published: Iterable[tuple[int, int]]) -> int:
+    """Above that of every version in the ledger and on the disk: a writer may have died between the rename and the ledger's row."""
+    on_disk = [version.incarnation for version, _ in versions(root)] if root.is_dir() else []
+    return max([*on_disk, *(incarnation for _, incarnation in published)], default=-1) + 1
 
 
 class Publisher:

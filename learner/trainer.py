@@ -28,7 +28,7 @@ from learner.intake import Intake
 from learner.line import BatchRule
 from learner.packing import TrainSample
 from learner.parallel import Group, SingleProcess, connect_store, join, open_store
-from learner.publisher import DTYPES, Publisher
+from learner.publisher import DTYPES, Publisher, next_incarnation
 from learner.recovery import BATCH, VOID, Part, newest_good, sort_out
 from learner.settings import LearnerSettings
 from learner.showing import RATIO_EDGES, Counts, distributions, spreads, to_read
@@ -97,7 +97,7 @@ class Leader:
         self._journal = Journal(job.run_dir / "journal", self._ledger.journal_end())
         self._checkpoint = newest_good(self._ledger, job.run_dir)
         versions, ended = self._ledger.versions(), self._ledger.ended_groups()
-        self._incarnation = max((incarnation for _, incarnation in versions), default=-1) + 1
+        self._incarnation = next_incarnation(job.weights_dir, versions)
         assembler = Assembler(job.group_size, job.eval_samples, ended)
         self._batcher = batcher
         self._intake = Intake(node, assembler, batcher, self._journal, self._ledger)

@@ -134,8 +134,11 @@ def versions(root: Path) -> list[tuple[Version, Path]]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete versions. Readers that have one open keep their mapping."""
-    for _, directory in versions(root)[keep:]:
+    """Remove all but the newest `keep` complete versions. Readers that have one open keep their mapping.
+
+    What was published after a rollback is newer than all that was published before it, whatever its number.
+    """
+    for _, directory in sorted(versions(root), key=lambda found: (found[0].incarnation, found[0].number), reverse=True)[keep:]:
         shutil.rmtree(directory, ignore_errors=True)
 
 

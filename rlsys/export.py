@@ -15,6 +15,7 @@ from learner.checkpoint_files import MANIFEST, Checkpoint, complete, latest_good
 from learner.settings import LoraSettings
 from protocol.errors import ConfigError, DataError
 from protocol.registry import resolve
+from rlsys.rundir import check_new
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,8 +38,7 @@ class Source:
 
 def export(source: Path, out: Path, *, model: Path | None, iteration: int | None, dtype: str | None, adapter: bool, as_json: bool) -> int:
     """Find the checkpoint, check it, and write it out."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists already; export to a new directory, or remove it first")
+    check_new(out)
     found = find(source, iteration)
     kind = dtype or found.dtype
     if kind not in DTYPES:

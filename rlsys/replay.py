@@ -13,6 +13,7 @@ from protocol.errors import ConfigError
 from protocol.ledger import Ledger
 from rlsys.config import RunConfig, load_config
 from rlsys.report import read_iterations
+from rlsys.rundir import check_new
 from rlsys.schedules import batch_rule
 from rlsys.stages import stage_rules
 
@@ -21,6 +22,8 @@ def replay(run: Path, overrides: Sequence[str], first: int | None, until: int | 
     """Print each iteration's loss beside the recorded one. 0 when all are equal to the bit, or when settings were changed on purpose."""
     if not (run / "config.yaml").exists() or not (run / "ledger.sqlite").exists():
         raise ConfigError(f"{run}: holds no run")
+    if out is not None:
+        check_new(out)
     config = load_config(run / "config.yaml", overrides)
     os.environ["OMP_NUM_THREADS"] = str(config.learner.threads)  # before torch is loaded: threads decide the order of sums
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -54,13 +54,14 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> RunConfig:
     ledger = Ledger(run / "ledger.sqlite", read_only=True)  # one that cannot be read is refused before anything of the run is touched
     try:
         ledger.check()
+        published = max((number for number, _ in ledger.versions()), default=0)
     finally:
         ledger.close()
     before, after = load_config(path), load_config(path, overrides)
     for key in changed(before.model_dump(mode="json"), after.model_dump(mode="json")):
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
             raise ConfigError(f"--set {key}: cannot change when a run goes on; these can: {', '.join(MAY_CHANGE)}")
-    done = (read_json(run / "exit.json") or {}).get("iterations_done", 0)
+    done = max(published, (read_json(run / "exit.json") or {}).get("iterations_done", 0))  # a killed supervisor wrote no exit.json
     if after.iterations < max(done, 1):
         raise ConfigError(f"--set iterations={after.iterations}: {done} iterations are done already")
     return after

@@ -24,6 +24,12 @@ OWN = ("lock", "logs")
 """What may stand in a directory that a run is about to use."""
 
 
+def check_new(out: Path) -> None:
+    """Raise ConfigError when `out` holds anything: what a command writes is never mixed with, or put over, what somebody has there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists already; name a new directory, or remove it first")
+
+
 class RunDir:
     """A run directory that this process holds by a lock; another `up` on it is refused."""
 

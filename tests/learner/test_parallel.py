@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -248,6 +249,21 @@ def test_a_rank_that_never_comes_is_a_named_error() -> None:
     store = open_store("127.0.0.1", 2, 5)
     with pytest.raises(DeadlineExceeded, match=f"learner rank 0 of 2: the ranks did not meet at 127.0.0.1:{store.port} after 0.5 s"):
         join(store, 0, 2, device=torch.device("cpu"), timeout_s=0.5)
+
+
+def listeners(port: int) -> list[str]:
+    """Addresses (as the kernel writes them) on which anybody listens at this port."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [fields[1].partition(":")[0] for fields in lines if fields[3] == "0A" and int(fields[1].partition(":")[2], 16) == port]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_the_store_listens_on_its_own_address_alone(address: str) -> None:
+    store = open_store(address, 2, 5)
+    assert listeners(store.port) == [f"{int.from_bytes(socket.inet_aton(address), sys.byteorder):08X}"]
+    other = connect_store(address, store.port, 2, 5)
+    other.set("word", "heard")
+    assert store.get("word") == b"heard"
 
 
 def test_no_store_is_a_named_error() -> None:

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner import publisher as module
-from learner.publisher import Publisher
+from learner.publisher import Publisher, next_incarnation
 from protocol.errors import UserError
+from protocol.ledger import Ledger
 from protocol.manifest import verify
 from protocol.messages import Version
 from tests.directories import tokenizer_directory
@@ -67,6 +68,34 @@ def test_two_complete_versions_stay_also_while_the_next_is_written(
         publisher.publish(Version(number), tensors.items())
     assert seen == [[], ["v0"], ["v0", "v1"], ["v1", "v2"]]
     assert sorted(path.name for path in root.iterdir()) == ["v2", "v3"]
+
+
+def test_a_version_that_was_renamed_and_not_entered_does_not_stop_the_next_learner(
+    tmp_path: Path, model_dir: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The learner was killed between the rename and the end of the ledger's transaction, when it published the first version of an incarnation."""
+    root, path = tmp_path / "weights", tmp_path / "ledger.sqlite"
+    assert next_incarnation(root, []) == 0
+    Publisher(root, model_dir, "float32").publish(Version(5, 0), tensors.items())
+    ledger = Ledger(path)
+    incarnation = next_incarnation(root, ledger.versions())
+    assert (ledger.versions(), incarnation) == ([], 1)
+    publisher = Publisher(root, model_dir, "float32", ledger)
+    publisher.publish(Version(5, incarnation), tensors.items())
+    publisher.remove_older_incarnations(incarnation)
+    assert sorted(path.name for path in root.iterdir()) == ["v5.1"]
+    assert next_incarnation(tmp_path / "elsewhere", ledger.versions()) == 2
+    ledger.close()
+
+
+def test_the_first_version_after_a_rollback_stays_beside_newer_numbers_from_before(
+    tmp_path: Path, model_dir: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    root = tmp_path / "weights"
+    publisher = Publisher(root, model_dir, "float32")
+    for version in (Version(7), Version(8), Version(3, 1)):
+        publisher.publish(version, tensors.items())
+    assert sorted(path.name for path in root.iterdir()) == ["v3.1", "v8"]
 
 
 @pytest.mark.parametrize("shard_bytes", [module.SHARD_BYTES, 20_000])

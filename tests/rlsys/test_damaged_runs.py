@@ -124,6 +124,27 @@ def test_an_older_run_without_a_newer_table_is_read(run: Path, capsys: pytest.Ca
     assert "2000 doubled" in capsys.readouterr().out
 
 
+def test_fewer_iterations_than_were_trained_are_refused_also_without_an_exit_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A killed supervisor writes no exit.json: the ledger knows."""
+    ledger = Ledger(run / "ledger.sqlite")
+    for number in range(3):
+        ledger.publish(number, 0, "ab", lambda: None)
+    ledger.close()
+    assert main(["up", "--resume", str(run), "--plain", "--set", "iterations=1"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "rlsys: --set iterations=1: 2 iterations are done already\n")
+
+
+def test_what_stands_at_the_place_for_a_replayed_model_is_left_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    thesis = tmp_path / "mine" / "thesis.txt"
+    thesis.write_text("chapter 1")
+    for out in (tmp_path / "mine", thesis):
+        assert main(["replay", str(run), "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"rlsys: {out}: exists already; name a new directory, or remove it first\n"
+    assert thesis.read_text() == "chapter 1"
+
+
 def test_a_record_that_is_being_written_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a live run the last record may be half there; one that is still so when it is read again is damaged, as in a run that is over."""
     journal = Journal(run / "journal")

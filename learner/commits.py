@@ -20,7 +20,7 @@ from learner.checkpoint import Snapshot, snapshot, write
 from learner.checkpoint_files import directory_name, keep, remove
 from learner.settings import CheckpointSettings
 from learner.steps import TrainStep
-from protocol.errors import UserError
+from protocol.errors import DeadlineExceeded, UserError
 from protocol.ledger import Checkpoint, Ledger
 from protocol.messages import GroupOutcome
 
@@ -28,6 +28,8 @@ log = logging.getLogger("rlsys.learner")
 
 SHARE = 0.02
 """Of the time, what commits may cost with commit_every `auto`."""
+LONGEST_S = 3600.0
+"""Longest wait for a checkpoint to be written: a large state on a slow shared disk, not one that hangs."""
 FAILURES = 3
 """Commits in a row that may fail (a full disk) before the run ends."""
 
@@ -82,7 +84,10 @@ class Committer:
         checkpoints: CheckpointSettings,
         ledger: Ledger | None = None,
         on_commit: Callable[[Pending, int], object] = lambda pending, oldest: None,
+        longest_s: float = LONGEST_S,
     ) -> None:
+        """`longest_s`: longest wait for the commit before, and of its writer for the other ranks' parts."""
+        self._longest_s = longest_s
         self._directory, self._keep, self._ledger, self._on_commit = directory, checkpoints, ledger, on_commit
         self.policy = policy
         self._thread: threading.Thread | None = None
@@ -115,15 +120,19 @@ class Committer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what went wrong."""
+        """Until nothing is being written. Raises what went wrong, and DeadlineExceeded when it takes too long."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(self._longest_s)
+            if self._thread.is_alive():
+                raise DeadlineExceeded(
+                    f"{self._directory}: the learner waited {self._longest_s:g} s for its checkpoint to be written; is the disk still there?"
+                )
             self._thread = None
         self._raise()
 
     def _write(self, taken: Snapshot, pending: Pending | None, stood_s: float) -> None:
         try:
-            done = write(taken, self._directory)
+            done = write(taken, self._directory, timeout_s=self._longest_s)
             if done is not None and pending is not None and self._ledger is not None:
                 checkpoint = Checkpoint(
                     number=taken.iteration,

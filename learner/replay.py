@@ -8,10 +8,12 @@ The same step, number of ranks and threads give the same bits on a CPU. Changed 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +32,12 @@ from learner.step import pick_device
 from learner.steps import TrainStep, build_step
 from learner.trainer import over_parts, pack_batch, unpack_batch
 from protocol.codec import decode
-from protocol.errors import ConfigError, JournalError
-from protocol.journal import read_records, segments
+from protocol.errors import ConfigError, DataError, WireError
+from protocol.journal import Damage, read_records, segments
 from protocol.ledger import Checkpoint
 from protocol.messages import GroupOutcome, Trajectory
+
+log = logging.getLogger("rlsys.learner")
 
 RANKS_S = 300.0
 """Longest wait for another rank."""
@@ -57,7 +61,7 @@ class ReplayJob:
 def starting_point(run_dir: Path, checkpoints: list[Checkpoint], first: int | None) -> Checkpoint | None:
     """The oldest checkpoint from which the journal is complete, or with `first` the newest that is not beyond it; None is the base model.
 
-    Raises ConfigError when the journal no longer reaches back that far.
+    A damaged one is passed over, and a warning says so. Raises ConfigError when the journal no longer reaches back that far.
     """
     oldest = min(segments(run_dir / "journal"), default=0)
     if first is None and oldest == 0:
@@ -68,8 +72,14 @@ def starting_point(run_dir: Path, checkpoints: list[Checkpoint], first: int | No
         if not usable and oldest == 0:
             return None
     for checkpoint in usable:
-        verify(run_dir / checkpoint.directory)
+        try:
+            verify(run_dir / checkpoint.directory)
+        except DataError as error:
+            log.warning("checkpoint v%d is not used: %s", checkpoint.number, error)
+            continue
         return checkpoint
+    if usable and first is not None and oldest == 0:
+        return None
     wanted = "the start" if first is None else f"iteration {first}"
     raise ConfigError(
         f"{run_dir}: cannot replay from {wanted}: older parts of the journal were removed (journal.keep) and no checkpoint fits"
@@ -77,38 +87,80 @@ def starting_point(run_dir: Path, checkpoints: list[Checkpoint], first: int | No
 
 
 def recorded_batches(job: ReplayJob, first_segment: int, start: int, until: int) -> Iterator[Batch]:
-    """Every batch of iterations start..until-1 in order, each built again from its trajectories."""
+    """Every batch of iterations start..until-1 in order, each built again from its trajectories.
+
+    Raises DataError, before the first is built, when one of them or its trajectories are not on record.
+    """
     journal = job.run_dir / "journal"
     final: dict[tuple[int, int], tuple[int, int]] = {}
-    for record in read_records(journal, first_segment):
+    lacks: dict[tuple[int, int], int] = {}
+    members: Counter[int] = Counter()
+    seen: set[tuple[int, int]] = set()
+    damaged: list[Damage] = []
+    for record in read_records(journal, first_segment, damaged.append):
         kind, *frames = record.frames
-        if kind == BATCH:
+        if kind == TRAJECTORY:
+            message = _trajectory(frames, job.run_id)
+            if message is not None and (message.group_id, message.index) not in seen:
+                seen.add((message.group_id, message.index))
+                members[message.group_id] += 1
+        elif kind == BATCH:
             content = msgpack.unpackb(frames[0])
-            final[content["iteration"], content.get("part", 0)] = (record.segment, record.end)
+            place = (record.segment, record.end)
+            final[content["iteration"], content.get("part", 0)] = place
+            lost = [number for number in content["groups"] if members[number] < job.group_size]
+            if lost:
+                lacks[place] = lost[0]
         elif kind == VOID:
             void = msgpack.unpackb(frames[0])["from"]
             final = {key: place for key, place in final.items() if key[0] < void}
     places = {place: key for key, place in final.items() if start <= key[0] < until}
-    missing = sorted(set(range(start, until)) - {k for k, _ in final})
+    missing = {k: f"iteration {k} is not on record" for k in set(range(start, until)) - {k for k, _ in final}}
+    for place in lacks.keys() & places.keys():
+        iteration = places[place][0]
+        missing[iteration] = f"samples of group {lacks[place]}, which batch {iteration} was made of, are not on record"
     if missing:
-        raise ConfigError(f"{job.run_dir}: iteration {missing[0]} is not on record")
+        raise DataError(f"{journal}: {missing[min(missing)]}{_why(journal, damaged)}{_instead(start, min(missing))}")
+    return _built(job, first_segment, places)
+
+
+def _why(journal: Path, damaged: Sequence[Damage]) -> str:
+    if not segments(journal):
+        return ": the journal is missing"
+    first = f", the first bytes {damaged[0].start} to {damaged[0].end} of {damaged[0].path.name}" if damaged else ""
+    return f" ({len(damaged)} damaged places{first})" if damaged else ""
+
+
+def _instead(start: int, missing: int) -> str:
+    before = f"--until {missing} replays what is before it, " if missing > start else ""
+    return f"; {before}--from K what is behind a later checkpoint"
+
+
+def _built(job: ReplayJob, first_segment: int, places: Mapping[tuple[int, int], tuple[int, int]]) -> Iterator[Batch]:
+    """The batches whose records stand at these places."""
+    journal = job.run_dir / "journal"
     batcher = Batcher(job.settings, job.batches, job.group_size)
     groups: dict[int, Group] = {}
-    for record in read_records(journal, first_segment):
+    for record in read_records(journal, first_segment, lambda damage: None):
         kind, *frames = record.frames
         if kind == TRAJECTORY:
-            message = decode(frames, job.run_id, "the journal")
-            if isinstance(message, Trajectory) and message.purpose == "train":
+            message = _trajectory(frames, job.run_id)
+            if message is not None:
                 members = groups.setdefault(message.group_id, Group(message.group_id, job.group_size)).members
                 members.setdefault(message.index, message)
         elif kind == BATCH and (record.segment, record.end) in places:
             content = msgpack.unpackb(frames[0])
-            lost = [number for number in content["groups"] if number not in groups or not groups[number].complete]
-            if lost:
-                raise JournalError(
-                    f"{journal}: samples of group {lost[0]}, which batch {content['iteration']} was made of, are not on record"
-                )
             yield batcher.build([groups.pop(number) for number in content["groups"]], content["iteration"])
+
+
+def _trajectory(frames: list[bytes], run_id: int) -> Trajectory | None:
+    """A trajectory to train on; None for any other, and for one that cannot be decoded."""
+    try:
+        message = decode(frames, run_id, "the journal")
+    except WireError as error:
+        log.warning("a journaled trajectory is left out: %s", error)
+        return None
+    return message if isinstance(message, Trajectory) and message.purpose == "train" else None
 
 
 def replay(
@@ -123,6 +175,8 @@ def replay(
     `outcomes` are the terminal states of the run: those before `start` say in which stage it was.
     Other ranks are processes of their own; `finish` lets them go.
     """
+    first, segment = (start.number, start.first_segment) if start else (0, 0)
+    batches = recorded_batches(job, segment, first, until)
     ranks, helpers = _gather(job)
     step = build_step(job.settings, job.model_dir, ranks)
     path = str(job.run_dir / start.directory) if start else ""
@@ -130,14 +184,13 @@ def replay(
         ranks.broadcast_bytes(path.encode())
     if path:
         load(Path(path), step, verified=True)
-    first, segment = (start.number, start.first_segment) if start else (0, 0)
     clock = StageClock(job.stages, iterations=job.iterations, max_staleness=job.batches.max_staleness)
     for iteration in range(first):
         clock.close(iteration, [o for o in outcomes if o.in_batch and o.iteration == iteration])
     numbers: list[dict[str, float]] = []
     ended: list[GroupOutcome] = []
     busy_s = 0.0
-    for batch in recorded_batches(job, segment, first, until):
+    for batch in batches:
         started = time.monotonic()
         step.peak_lr = clock.lr(batch.iteration)
         if ranks.size > 1:

@@ -80,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     join = _command(
         commands, "join", _join, "add actors on this host to a run of another host, until the run ends or this command is told to"
     )
-    join.add_argument("token", metavar="TOKEN", help="as `rlsys token RUN` prints it; - reads it from standard input")
+    join.add_argument(
+        "token",
+        metavar="TOKEN",
+        help="as `rlsys token RUN` prints it; better @FILE, which reads it from a file, or -, from standard input: "
+        "what stands on a command line, every user of this host can read while it runs",
+    )
     join.add_argument("--role", choices=("generator", "rewarder"), required=True, help="what to add")
     join.add_argument("--count", type=_count, default=1, metavar="N", help="how many (default 1)")
     join.add_argument("--host", default="", metavar="ADDRESS", help="address, interface or name of this host (default: by the route)")

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from protocol.errors import UserError
+from protocol.errors import DataError, UserError
 from rlsys import __version__
 from rlsys.launchers.agent import Agent, leave_on_signals
 from rlsys.orders import ask
@@ -17,6 +17,18 @@ def token(run: Path, *, rotate: bool, once: bool) -> int:
     """Print the token, a new one if that is asked."""
     print(ask(run, "token", {"rotate": rotate, "once": once})["token"])
     return 0
+
+
+def given(text: str) -> str:
+    """The token that is meant: `-` is a line of standard input, `@FILE` the content of a file, anything else itself."""
+    if text == "-":
+        return sys.stdin.readline()
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{text[1:]}: the token cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def join(
@@ -36,7 +48,7 @@ def join(
         raise UserError(f"--count {count}: at least one actor is added")
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    found = parse(sys.stdin.readline() if text == "-" else text, __version__)
+    found = parse(given(text), __version__)
     agent = Agent(
         found,
         name=name,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -15,7 +18,7 @@ from learner.recovery import BATCH, TRAJECTORY, VOID, newest_good, sort_out
 from learner.settings import CheckpointSettings, LearnerSettings
 from learner.simulated_step import SimulatedStep
 from protocol.codec import encode
-from protocol.errors import DataError, Fenced, UserError
+from protocol.errors import DataError, DeadlineExceeded, Fenced, UserError
 from protocol.journal import Journal, read_records
 from protocol.ledger import Ledger, Writer
 from protocol.messages import GroupOutcome
@@ -222,6 +225,26 @@ def test_a_full_disk_costs_a_commit_and_no_more(tmp_path: Path, caplog: pytest.L
     with largest_file(1 << 20), pytest.raises(UserError, match="cannot be written"):
         for number in range(4, 10):
             scene.commit(number, [number])
+    scene.ledger.close()
+
+
+def test_a_commit_that_never_ends_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, free = Scene(tmp_path), threading.Event()
+    committer = Committer(tmp_path / "checkpoints", CommitPolicy(1), checkpoints=CheckpointSettings(), ledger=scene.ledger, longest_s=0.1)
+    commit = scene.ledger.commit
+
+    def stuck(*arguments: Any) -> None:
+        free.wait(30)
+        commit(*arguments)
+
+    monkeypatch.setattr(scene.ledger, "commit", stuck)
+    committer.begin(scene.step, 1, Pending(0, (), (0, 0), 0))
+    with pytest.raises(DeadlineExceeded, match=r"checkpoints: the learner waited 0\.1 s for its checkpoint to be written"):
+        committer.wait()
+    free.set()
+    while committer.busy:
+        with suppress(DeadlineExceeded):
+            committer.wait()
     scene.ledger.close()
 
 

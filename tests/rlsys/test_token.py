@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
 from protocol.errors import UserError
+from rlsys.cli import main
+from rlsys.join import given
 from rlsys.token import Token, parse
 
 TOKEN = Token("0123456789abcdef", "tcp://[fe80::1]:4711", "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7", "5e" * 24, "0.1.0")
@@ -16,6 +21,17 @@ def test_a_token_survives_its_text() -> None:
     text = TOKEN.text()
     assert parse(f"  {text}\n", "0.1.0") == TOKEN
     assert text.split() == [text] and text.replace(".", "").replace("-", "").replace("_", "").isalnum(), "it can be pasted anywhere"
+
+
+def test_a_token_comes_from_a_file_or_standard_input_so_that_no_command_line_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "token"
+    path.write_text(f"{TOKEN.text()}\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN.text()}\n"))
+    assert [parse(given(text), "0.1.0") for text in (f"@{path}", "-", TOKEN.text())] == [TOKEN] * 3
+    assert main(["join", f"@{tmp_path / 'none'}", "--role", "rewarder"]) == 2
+    assert capsys.readouterr().err == f"rlsys: {tmp_path / 'none'}: the token cannot be read (No such file or directory)\n"
 
 
 def test_another_version_is_named() -> None:

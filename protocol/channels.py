@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from protocol import messages as m
 from protocol.addresses import bracketed
 from protocol.codec import decode, encode
 from protocol.errors import WireError
+from protocol.strangers import Strangers, closed_here, read_tables
 
 log = logging.getLogger("rlsys.channels")
 
@@ -97,6 +99,10 @@ CHANNELS = {
 
 _NOW, _NOW_AND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # as integers: arithmetic on enums costs more than a small send
 _READABLE = int(zmq.POLLIN)
+_TURNED_AWAY = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+_ACCEPTED, _ADMITTED, _GONE = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
+LOOK_S = 1.0
+"""Between two looks at who was refused at the handshake."""
 AT_ONCE = 4096
 """Messages that one call takes from a socket: a few milliseconds of decoding, more than a busy channel gathers between two polls."""
 MAX_FRAME_BYTES = 128 << 20
@@ -276,14 +282,63 @@ class Endpoint(_Socket):
         address = transport.bind_address(name)
         transport.secure(self.socket, address, server=True)
         self.socket.ipv6 = "[" in address
+        self.strangers = Strangers()
+        self._looked_s = 0.0
+        self._fresh: set[int] = set()
+        """File descriptors of connections since whose beginning nobody was admitted."""
+        self._monitor = self._watch(transport) if address.startswith("tcp") else None
         self.socket.bind(address)
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _watch(self, transport: Transport) -> zmq.Socket[bytes]:
+        """Hears of failed handshakes. Without a limit to what waits there, which would hold up the thread that reads all sockets."""
+        name = f"inproc://strangers-{id(self)}"
+        self.socket.monitor(name, _TURNED_AWAY | _ACCEPTED | _ADMITTED | _GONE)
+        monitor = transport.socket(zmq.PAIR)
+        monitor.rcvhwm = 0
+        monitor.linger = 0
+        monitor.connect(name)
+        return monitor
+
+    def look(self) -> None:
+        """Log who was refused at the handshake since the last call. `receive` calls it every second."""
+        monitor = self._monitor
+        if monitor is None or monitor.closed:
+            return
+        said = at_once = 0
+        while int(monitor.get(zmq.EVENTS)) & _READABLE:
+            event, value = struct.unpack_from("=HI", monitor.recv_multipart(_NOW)[0])
+            if event & _TURNED_AWAY:
+                said += 1
+            elif event == _ACCEPTED:
+                self._fresh.add(value)
+            elif event == _ADMITTED:
+                self._fresh.clear()  # it was one of them, and nothing says which
+            elif value in self._fresh:  # what is no ZMTP at all is cut off without a word
+                self._fresh.remove(value)
+                at_once += 1
+        failed = max(said, at_once)
+        if failed or self.strangers.unsaid:
+            closed = closed_here(int(self.address.rpartition(":")[2]), read_tables())
+            for line in self.strangers.lines(failed, closed, time.monotonic()):
+                log.warning("refused at the handshake of %s: %s", self.channel, line)
+
+    def close(self) -> None:
+        """Close at once, and watch no longer."""
+        if self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        super().close()
 
     def receive(self) -> Iterator[tuple[str, m.Message]]:
         """Messages that have arrived, with their senders' identities. Refused ones are counted and logged.
 
         At most AT_ONCE, so that a peer that floods its socket cannot keep the process from everything else; the next poll returns at once.
         """
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self._looked_s = time.monotonic()
+            self.look()
         if self._quiet():
             return
         for _ in range(AT_ONCE):

@@ -1,10 +1,12 @@
 """Real sockets: delivery, refusal, credits, and keys."""
 
+import re
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from protocol.addresses import split
 from protocol.channels import CHANNELS, Endpoint, Keys, Link, Transport
 from protocol.codec import encode
 from protocol.messages import Ack, Credit, Hello, Inventory, Message
+from protocol.strangers import UNKNOWN
 from tests.protocol.examples import equal, example
 
 RUN = 7
@@ -145,6 +148,35 @@ def test_tcp_with_the_runs_key_admits_its_peers_and_nobody_else(tcp: Callable[[K
     friend.send(hello("generator-0@1"))
     assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
     assert wait_for(server, 1, 0.5) == []
+
+
+def test_who_is_refused_at_the_handshake_is_counted_and_logged(
+    tcp: Callable[[Keys | None], Transport], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Garbage, and a peer without keys: with the address where the kernel remembers it. The friend is not named."""
+    keys = Keys.make()
+    server = Endpoint(tcp(keys), "tasks", "tasks")
+    friend = Link(tcp(keys), "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    friend.send(hello("generator-0@1"))
+    assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
+    _, port = split(server.address)
+    with socket.create_connection(("127.0.0.1", int(port))) as garbage, suppress(ConnectionResetError):
+        garbage.settimeout(DEADLINE_S)
+        garbage.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while garbage.recv(4096):
+            pass
+    stranger = tcp(None).socket(zmq.DEALER)
+    stranger.linger = 0
+    stranger.connect(f"tcp://127.0.0.9:0;127.0.0.1:{port}")
+    end = time.monotonic() + DEADLINE_S
+    with caplog.at_level("WARNING", "rlsys.channels"):
+        while time.monotonic() < end and server.strangers.count < 2:
+            server.socket.poll(50)
+            list(server.receive())
+    assert server.strangers.count >= 2
+    assert re.search(rf"refused at the handshake of tasks: \d+ connections from (127\.0\.0\.[19]|{UNKNOWN}) \(", caplog.text), caplog.text
+    assert server.refused == 0
+    friend.close()
 
 
 def test_every_channel_joins_roles_that_exist() -> None:

@@ -137,6 +137,7 @@ def test_a_run_directory_that_cannot_be_used_is_refused_before_a_model_is_made(
 def test_the_warm_start_can_be_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """One line, no traceback, nothing left in the cache, no process left."""
     environment: dict[str, Any] = {**os.environ, "RLSYS_CACHE": str(tmp_path)}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit an interrupt that is ignored
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "rlsys", "up", QUICKSTART, "--run-dir", str(tmp_path / "run")],
         stdout=subprocess.PIPE,
@@ -145,6 +146,7 @@ def test_the_warm_start_can_be_interrupted(tmp_path: Path, number: signal.Signal
         env=environment,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     try:
         entries = tmp_path / "quickstart"
         end = time.monotonic() + 60
@@ -157,6 +159,7 @@ def test_the_warm_start_can_be_interrupted(tmp_path: Path, number: signal.Signal
             os.killpg(child.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        child.communicate(timeout=30)
     assert child.returncode == code
     assert "Traceback" not in error
     assert not list(entries.glob("base-*"))

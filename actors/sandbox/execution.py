@@ -140,16 +140,21 @@ def run_series(cell: Cell, program: Program, stdins: Sequence[bytes], limits: Li
 
 
 def judge(report: wire.Report, limits: Limits, output_size: int, stderr: bytes) -> Outcome:
-    """Which outcome a report and the sizes of the output files are."""
+    """Which outcome a report and the sizes of the output files are.
+
+    What ended the program comes first: one that ran out of memory did not run out of time, however slow the machine was until then.
+    """
     if output_size >= limits.output_bytes or report.exit_code == -signal.SIGXFSZ:
         return "output_limit"
-    if report.cut == wire.CUT_BY_WALL or report.exit_code == -signal.SIGXCPU or report.cpu_us > limits.cpu_s * 1e6:
+    if report.cut == wire.CUT_BY_WALL or report.exit_code == -signal.SIGXCPU:
+        return "time_limit"
+    if report.exit_code and any(word in stderr for word in _OUT_OF_MEMORY):
+        return "memory_limit"
+    if report.cpu_us > limits.cpu_s * 1e6:
         return "time_limit"
     if report.peak_kib << 10 > limits.memory_bytes:
         return "memory_limit"
-    if report.exit_code:
-        return "memory_limit" if any(word in stderr for word in _OUT_OF_MEMORY) else "runtime_error"
-    return "ok"
+    return "runtime_error" if report.exit_code else "ok"
 
 
 def is_suspect(execution: Execution, report: wire.Report, limits: Limits) -> bool:

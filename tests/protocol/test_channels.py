@@ -15,10 +15,10 @@ import pytest
 import zmq
 
 from protocol.addresses import split
-from protocol.channels import CHANNELS, Endpoint, Keys, Link, Transport
+from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport
 from protocol.codec import encode
 from protocol.messages import Ack, Credit, Hello, Inventory, Message
-from protocol.strangers import UNKNOWN
+from protocol.strangers import UNKNOWN, Patience
 from tests.protocol.examples import equal, example
 
 RUN = 7
@@ -218,6 +218,29 @@ def test_one_call_takes_no_more_than_its_share(transport: Transport, monkeypatch
         sizes.append(len(list(server.receive())))
         assert time.monotonic() < deadline
     assert max(sizes) <= 10
+
+
+def test_who_floods_is_left_alone_for_moments_and_others_are_heard_meanwhile(transport: Transport) -> None:
+    server = Endpoint(transport, "tasks", "tasks")
+    poller = Poller()
+    poller.add(server)
+    flooder = Link(transport, "tasks", "nobody-0@1", server.address, "dispatcher-0@1")
+    friend = Link(transport, "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    heard = pauses = 0
+    deadline = time.monotonic() + 30
+    while heard < 50 or not pauses:
+        for _ in range(100):
+            flooder.send(hello("nobody-0@1"))
+        friend.send(hello("generator-0@1"))
+        before = server.refused
+        heard += len([peer for peer, _ in server.receive() if peer == "generator-0@1"])
+        assert server.refused - before <= 2 * Patience.PER_S * Patience.PAUSE_S, "one call refuses no more than a pause is for"
+        if server.away_until_s > time.monotonic():
+            assert not poller.wait(0.0), "a socket that is left alone wakes nobody"
+            pauses += 1
+        poller.wait(0.1)
+        assert time.monotonic() < deadline, (heard, pauses)
+    assert server.refused > heard
 
 
 class Relay:

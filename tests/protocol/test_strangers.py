@@ -1,6 +1,6 @@
 """Refused peers are counted, and named by address now and then."""
 
-from protocol.strangers import EVERY_S, MANY, UNKNOWN, Strangers, closed_here
+from protocol.strangers import EVERY_S, MANY, UNKNOWN, Patience, Strangers, closed_here
 
 TABLE = """
    0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0
@@ -38,3 +38,14 @@ def test_no_number_of_addresses_makes_it_grow() -> None:
     for number in range(3 * MANY):
         strangers.lines(1, {(f"a{number}", 1)}, float(number))
     assert len(strangers._said_s) <= MANY + 1
+
+
+def test_a_few_refusals_cost_no_pause_and_a_flood_is_worked_off_at_a_steady_rate() -> None:
+    patience = Patience()
+    assert not any(patience.refuse(10.0 + i) for i in range(100))
+    now_s, refused = 200.0, 0
+    while now_s < 205.0:  # as fast as it may, as a reader that takes no time
+        refused += 1
+        now_s = patience.refuse(now_s) or now_s
+    assert 0.9 * Patience.PER_S * 5 <= refused <= 1.1 * Patience.PER_S * 5
+    assert patience.refuse(300.0) == 0.0

@@ -8,12 +8,13 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 SGLANG_DEVICE := cpu
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart quickstart-sglang sglang test test-faults test-slow test-sglang check bench clean
+.PHONY: help quickstart quickstart-sglang sglang test test-kills test-faults test-slow test-sglang check bench clean
 help:
 	@echo "make quickstart   set up, then train a tiny code model with the real processes on two CPU cores"
 	@echo "make sglang       build the environment of the SGLang server (SGLANG_DEVICE=cpu or cuda)"
 	@echo "make quickstart-sglang  the same run on real SGLang servers on the CPU"
 	@echo "make test         set up, then run the tests (minutes)"
+	@echo "make test-kills   one small run, killed twenty times (minutes)"
 	@echo "make test-faults  kills, hangs and full disks on small runs (minutes)"
 	@echo "make test-slow    the long tests"
 	@echo "make test-sglang  the tests that need a real SGLang server"
@@ -40,6 +41,9 @@ quickstart-sglang: sglang
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-kills: $(READY)
+	$(BIN)/python -m pytest -m faults tests/system/test_survival.py -k twenty
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults

@@ -3,8 +3,9 @@
     python -m benchmarks.flood [--iterations 30] [--rounds 3] [--json]
 
 The strangers are those of tests/system/test_flood.py, one thread per socket, in this process. What they compute themselves is taken from the run
-wherever cores are shared, so the same strangers also flood as many sockets of nobody's (`elsewhere`): the last ratio is what the flood does to
-rlsys, the first what it does to the machine and rlsys together.
+wherever cores are shared, so the same strangers also flood as many sockets of nobody's (`elsewhere`): that ratio is what the flood does to
+rlsys, the one to `alone` what it does to the machine and rlsys together. The processor seconds of the run's own processes per iteration say what
+refusing costs them, and so what their rate falls by where the strangers have another machine. No weight changes, so that all runs sample alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Any
 
 import zmq
 
+from benchmarks.observe import NO_STEP
 from protocol.channels import Keys
+from rlsys.launchers.local import cpu_seconds
 from rlsys.rundir import read_json
 from tests.system.test_flood import flood
 
@@ -74,14 +77,19 @@ def nobodys(number: int, keys: Keys) -> Iterator[list[str]]:
         context.destroy(linger=0)
 
 
-def iterations_per_s(side: str, config: Path, directory: Path, iterations: int) -> float:
-    """One run; the rate between iteration 3 and the end of its training."""
+def measure(side: str, config: Path, directory: Path, iterations: int) -> tuple[float, float]:
+    """One run; iterations per second, and processor seconds per iteration, between iteration 3 and the end of its training."""
     run = directory / "run"
     changes = [f"iterations={iterations}", "transport.kind=tcp", "evaluation.at_start=false", "evaluation.at_end=false"]
+    changes.append(f"learner.optimizer.lr={NO_STEP}")
     arguments = [argument for change in changes for argument in ("--set", change)]
     command = [sys.executable, "-P", "-m", "rlsys", "up", str(config), "--run-dir", str(run), "--plain", *arguments]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )
     try:
         with ExitStack() as stack:
@@ -94,10 +102,13 @@ def iterations_per_s(side: str, config: Path, directory: Path, iterations: int) 
             if side != "alone":
                 stack.enter_context(strangers(addresses, int(status["run_id"], 16), keys))
             first = status["iteration"]
+            pids = {process.pid, *(p["pid"] for p in status["processes"])}
+            before_s = cpu_seconds(pids)
             ended, status = until(run, process, iterations - 1)
-            rate = (status["iteration"] - first) / (ended - started)
+            spent_s = cpu_seconds(pids) - before_s
+            num = status["iteration"] - first
         process.wait(timeout=120)
-        return float(rate)
+        return num / (ended - started), spent_s / num
     finally:
         process.kill()
         process.wait()
@@ -111,20 +122,28 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="rlsys-flood-") as name:
         for i in range(options.rounds):
             for side in SIDES:
                 place = Path(name) / f"{side}-{i}"
                 place.mkdir()
-                rates[side].append(iterations_per_s(side, options.config, place, options.iterations))
-                print(f"{side:<10} {rates[side][-1]:.3f} iterations per second", file=sys.stderr, flush=True)
+                rate, spent_s = measure(side, options.config, place, options.iterations)
+                rates[side].append(rate)
+                seconds[side].append(spent_s)
+                print(f"{side:<10} {rate:.3f} iterations/s, {spent_s:.2f} processor s of its own each", file=sys.stderr, flush=True)
     middle = {side: statistics.median(values) for side, values in rates.items()}
+    spent = {side: statistics.median(values) for side, values in seconds.items()}
     ratios = {f"flooded_to_{other}": middle["flooded"] / middle[other] for other in ("alone", "elsewhere")}
+    costs = {f"cost_to_{other}": spent["flooded"] / spent[other] - 1 for other in ("alone", "elsewhere")}
     if options.json:
-        print(json.dumps({"rates": rates, **ratios}))
-    else:
-        print(f"alone {middle['alone']:.3f} iterations per second; flooded {ratios['flooded_to_alone']:.2f} of that, and")
-        print(f"{ratios['flooded_to_elsewhere']:.2f} of the rate beside the same flood at other sockets")
+        print(json.dumps({"rates": rates, "processor_s": seconds, **ratios, **costs}))
+        return 0
+    print(f"alone {middle['alone']:.3f} iterations per second; flooded {ratios['flooded_to_alone']:.2f} of that, and")
+    print(f"{ratios['flooded_to_elsewhere']:.2f} of the rate beside the same flood at other sockets")
+    print(
+        f"processor seconds of the run per iteration: {costs['cost_to_alone']:+.1%} of alone, {costs['cost_to_elsewhere']:+.1%} of elsewhere"
+    )
     return 0
 
 

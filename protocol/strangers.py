@@ -53,8 +53,8 @@ class Patience:
     floods, each other one gets a message through for each that is refused.
     """
 
-    PER_S = 1000.0
-    PAUSE_S = 0.01
+    PER_S = 250.0
+    PAUSE_S = 0.02
     """Short enough that nobody who waits for an answer notices."""
 
     def __init__(self) -> None:

@@ -10,6 +10,7 @@ these parts is a constant, measured on runs of the ring (docs/figures.md).
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from protocol.errors import ConfigError, InfrastructureFault
 from protocol.messages import Version
 from protocol.registry import resolve
 from rlsys.config import RunConfig
+from rlsys.planning.company import company
 from rlsys.planning.figures import Figures
 
 SAMPLING_S = 25.0
@@ -65,8 +67,8 @@ def _clock(on_cpu: bool) -> Callable[[], float]:
     return time.process_time if on_cpu else time.perf_counter
 
 
-def _descendants_cpu_s() -> float:
-    """CPU time of everything that this process started, running or reaped."""
+def _descendants_cpu_s(without: frozenset[int] = frozenset()) -> float:
+    """CPU time of everything that this process started, running or reaped, but of the processes `without`."""
     ticks, parents = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -79,7 +81,7 @@ def _descendants_cpu_s() -> float:
     while found:
         ours |= found
         found = {pid for pid, parent in parents.items() if parent in ours} - ours
-    return sum(ticks[pid] for pid in ours) / os.sysconf("SC_CLK_TCK")
+    return sum(ticks[pid] for pid in ours - without) / os.sysconf("SC_CLK_TCK")
 
 
 def fit_steps(steps: list[tuple[float, int, int]]) -> SamplingRates:
@@ -96,18 +98,23 @@ def fit_steps(steps: list[tuple[float, int, int]]) -> SamplingRates:
 
 
 def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
-    """Measure. Raises ConfigError for parts that cannot be measured in one process."""
+    """Measure. Raises ConfigError for parts that cannot be measured in one process.
+
+    What runs on CPUs is timed while as many other cores work as the run's own processes would keep busy.
+    """
     if config.generators.engine == "simulated" or config.learner.step == "simulated" or config.rewarders.reward == "simulated":
         raise ConfigError("--measure: a simulated run states its figures itself; leave --measure out")
     started = time.monotonic()
-    rates, drawn, update_s = _measure_sampling(config)
-    tokens = sum(len(d.sampled.token_ids) for d in drawn)
-    say(f"{time.monotonic() - started:5.1f} s  sampled {len(drawn)} completions of {tokens / len(drawn):.0f} tokens on average")
     on_cpu = config.generators.device == "cpu" and config.learner.device != "cuda"
-    scores, reward_s = _measure_rewards(config, drawn, on_cpu=on_cpu)
-    say(f"{time.monotonic() - started:5.1f} s  scored {len(scores)} of them in {1e3 * reward_s:.1f} ms each")
-    trained_share = _trained_share(config, drawn, scores)
-    per_token_s, fixed_s, publish_s = _measure_training(config, drawn)
+    others = config.generators.count * config.generators.threads + config.learner.ranks * config.learner.threads - 1 if on_cpu else 0
+    with company(min(others, (os.cpu_count() or 1) - 1)) as neighbours:
+        rates, drawn, update_s = _measure_sampling(config)
+        tokens = sum(len(d.sampled.token_ids) for d in drawn)
+        say(f"{time.monotonic() - started:5.1f} s  sampled {len(drawn)} completions of {tokens / len(drawn):.0f} tokens on average")
+        scores, reward_s = _measure_rewards(config, drawn, neighbours, on_cpu=on_cpu)
+        say(f"{time.monotonic() - started:5.1f} s  scored {len(scores)} of them in {1e3 * reward_s:.1f} ms each")
+        trained_share = _trained_share(config, drawn, scores)
+        per_token_s, fixed_s, publish_s = _measure_training(config, drawn)
     say(
         f"{time.monotonic() - started:5.1f} s  trained at {1 / per_token_s:,.0f} tokens/s; {trained_share:.0%} of the tokens have an advantage"
     )
@@ -203,7 +210,9 @@ def _measure_sampling(config: RunConfig) -> tuple[SamplingRates, list[Drawn], fl
     return fit_steps([step for step in steps if step[1]]), drawn, update_s
 
 
-def _measure_rewards(config: RunConfig, drawn: list[Drawn], *, on_cpu: bool) -> tuple[list[float | None], float]:
+def _measure_rewards(
+    config: RunConfig, drawn: list[Drawn], neighbours: frozenset[int], *, on_cpu: bool
+) -> tuple[list[float | None], float]:
     reward: Reward = resolve(config.rewarders.reward, REWARDS, "reward")(config.rewarders.options)
     text = Text(config.model.path)
     scores: list[float | None] = []
@@ -213,7 +222,7 @@ def _measure_rewards(config: RunConfig, drawn: list[Drawn], *, on_cpu: bool) -> 
         until = time.monotonic() + REWARDS_S
         for place, one in enumerate(drawn):
             if place == skip:
-                begun, wall = _descendants_cpu_s(), time.perf_counter()
+                begun, wall = _descendants_cpu_s(neighbours), time.perf_counter()
             sample = Sample(
                 problem=one.problem, completion=text.decode(one.sampled.token_ids), truncated=one.sampled.finish_reason != "stop"
             )
@@ -223,7 +232,7 @@ def _measure_rewards(config: RunConfig, drawn: list[Drawn], *, on_cpu: bool) -> 
                 scores.append(None)
             if time.monotonic() > until and place > skip:
                 break
-        cpu, wall = _descendants_cpu_s() - begun, time.perf_counter() - wall
+        cpu, wall = _descendants_cpu_s(neighbours) - begun, time.perf_counter() - wall
     finally:
         reward.close()
     seconds = cpu if on_cpu else wall
@@ -276,11 +285,11 @@ def _measure_training(config: RunConfig, drawn: list[Drawn]) -> tuple[float, flo
     points = []
     for batch in (half, samples):
         seconds = []
-        for _ in range(2):
+        for _ in range(3):
             begun = clock()
             step.train(batch, 0, 4)
             seconds.append(clock() - begun)
-        points.append((sum(len(s.prompt_ids) + len(s.token_ids) for s in batch), min(seconds)))
+        points.append((sum(len(s.prompt_ids) + len(s.token_ids) for s in batch), statistics.median(seconds)))
     (few, short), (many, long) = points
     per_token = (long - short) / (many - few) if many > few and long > short else long / many
     per_token = min(per_token, long / many)

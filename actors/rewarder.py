@@ -29,7 +29,7 @@ from actors.text import Text
 from protocol.channels import Link
 from protocol.credits import Incoming, Outgoing
 from protocol.errors import DataError, InfrastructureFault, RunEnded, UserError
-from protocol.intervals import Recorder, phase, record_here
+from protocol.intervals import Activity, Recorder, is_waiting, phase, record_here
 from protocol.messages import NOT_FINITE, Ack, Completion, Credit, Hello, Holdings, Inventory, Trajectory, key_of
 from protocol.node import Node
 
@@ -77,10 +77,8 @@ class Scorers:
         """Taken and not yet done."""
         self.started: dict[int, tuple[float, int]] = {}
         """Thread -> since when it scores a sample, and of which group."""
-        self._threads = [
-            threading.Thread(target=self._loop, args=(i, track(f"score-{i}", "waiting:completions")), name=f"score-{i}", daemon=True)
-            for i in range(threads)
-        ]
+        self._tracks = [track(f"score-{i}", "waiting:completions") for i in range(threads)]
+        self._threads = [threading.Thread(target=self._loop, args=(i,), name=f"score-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
@@ -94,16 +92,23 @@ class Scorers:
         for _ in self._threads:
             self._work.put(None)
 
-    def _loop(self, number: int, recorder: Recorder) -> None:
+    @property
+    def wait(self) -> Activity | None:
+        """What the first of the threads that score waits for, if all of them wait: a sandbox elsewhere that is away, say."""
+        now = [self._tracks[number].activity for number in list(self.started)]
+        return now[0] if now and all(is_waiting(activity.name) for activity in now) else None
+
+    def _loop(self, number: int) -> None:
+        recorder = self._tracks[number]
         record_here(recorder)
         try:
             while (work := self._work.get()) is not None:
                 started, group = time.monotonic(), work[1].group_id
-                self.started[number] = (time.time(), group)
                 recorder.enter("judge", iteration=work[1].iteration, group=group)
+                self.started[number] = (time.time(), group)
                 score = self._score(work[1])
-                recorder.enter("waiting:completions", "generator")
                 del self.started[number]
+                recorder.enter("waiting:completions", "generator")
                 self.results.append(_Scored(*work, score, time.monotonic() - started))
                 self._wake()
         except BaseException as error:  # carried to the actor's own thread, which raises it
@@ -195,7 +200,8 @@ class Rewarder:
 
     def _activity(self) -> tuple[str, str, str]:
         if self._scorers.active:
-            return "scoring", "", ""
+            wait = self._scorers.wait
+            return (wait.name, wait.peer, wait.detail) if wait else ("scoring", "", "")
         if self._outbox:
             return "waiting:learner credit", "learner", f"{len(self._outbox)} trajectories wait"
         return "waiting:completions", "generator", ""

@@ -99,7 +99,9 @@ class Prompts:
         self._fresh: Counter[int] = Counter()
         self._returned: deque[Drawn] = deque()
         self._drawn: dict[int, Drawn] = {}
+        self._filtered = any(plan.filters for plan in stages)
         self._results: dict[str, dict[int, Result]] = {}
+        """Of every group that ended, where filters of a stage may ask for them; a run without filters keeps none, however long it is."""
         self._in_batch: Counter[int] = Counter()
         self._again: list[Drawn] = []
         self._restoring = False
@@ -144,9 +146,10 @@ class Prompts:
     def end(self, outcome: GroupOutcome) -> None:
         """A training group ended."""
         drawn = self._drawn.pop(outcome.group_id)
-        result = Result(drawn.stage, outcome.iteration, outcome.num_samples, outcome.num_passed)
-        self._results.setdefault(outcome.problem_id, {})[outcome.group_id] = result
-        self._in_batch[outcome.iteration] += outcome.in_batch
+        if self._filtered:
+            result = Result(drawn.stage, outcome.iteration, outcome.num_samples, outcome.num_passed)
+            self._results.setdefault(outcome.problem_id, {})[outcome.group_id] = result
+            self._in_batch[outcome.iteration] += outcome.in_batch
         if outcome.state in GIVEN_BACK and drawn.requeues < self._max_requeues:
             self._give_back(Drawn(drawn.prepared, drawn.stage, drawn.requeues + 1))
 

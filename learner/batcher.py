@@ -16,6 +16,7 @@ import numpy as np
 from learner.advantages import advantages
 from learner.line import BatchRule, Choice, Line
 from learner.packing import TrainSample
+from learner.seen import Seen
 from learner.settings import LearnerSettings
 from learner.shaping import shaped_score
 from protocol.errors import StalenessViolation
@@ -52,7 +53,7 @@ class Assembler:
         """`seen`: groups of which nothing more is wanted, because they have their terminal state."""
         self._sizes = {"train": train_size, "eval": eval_size}
         self._open: dict[int, Group] = {}
-        self._seen: set[int] = set(seen)
+        self._seen = Seen(seen)
         self.duplicates = 0
 
     def holds(self, trajectory: Trajectory) -> bool:

@@ -73,7 +73,6 @@ class Intake:
         self._segments: dict[int, int] = {}
         """Oldest journal segment of each of these groups."""
         self._error: BaseException | None = None
-        self.loaded: deque[WeightsLoaded] = deque(maxlen=10_000)
         self.received = 0
         self._wanted = -1
         self._track = node.track("intake")
@@ -299,7 +298,6 @@ class Intake:
                     if self._newest is not None:
                         self._weights.send(peer, self._newest)
             elif isinstance(message, WeightsLoaded):
-                self.loaded.append(message)
                 newest = self._newest
                 if message.error and newest is not None and (message.number, message.incarnation) < (newest.number, newest.incarnation):
                     self._weights.send(peer, newest)  # that one may have been removed already: it shall take the newest

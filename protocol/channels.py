@@ -16,7 +16,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -381,8 +381,17 @@ class Endpoint(_Socket):
 
     def send(self, peer: str, message: m.Message) -> bool:
         """Send to one peer. False when it is gone; a full queue raises WireError, because credits should have prevented it."""
+        return self._send(peer, encode(message, self._run))
+
+    def send_each(self, peers: Iterable[str], message: m.Message) -> None:
+        """Send the same to several peers, encoded once; those that are gone are left out."""
+        frames = encode(message, self._run)
+        for peer in peers:
+            self._send(peer, frames)
+
+    def _send(self, peer: str, frames: Sequence[bytes | memoryview]) -> bool:
         try:
-            self._put([peer.encode(), *encode(message, self._run)])
+            self._put([peer.encode(), *frames])
             return True
         except zmq.Again:
             raise WireError(f"{self.channel}: {HIGH_WATER_MARK} messages wait for {peer}, which reads none") from None

@@ -51,7 +51,7 @@ ACTIVITIES = {
     "read text": "tokens become text",
     "judge": "the reward's own work besides what stands below",
     "run program": "a program, or its compiler, runs in the sandbox",
-    "waiting:sandbox": "all cells of the sandbox are taken",
+    "waiting:sandbox": "all cells of the sandbox are taken, or the sandbox service is full or away",
     "waiting:completions": "nothing to score",
     "waiting:learner credit": "back-pressure: the learner takes no more trajectories",
     # learner

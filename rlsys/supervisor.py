@@ -177,6 +177,8 @@ class Supervisor:
         self._next_status_s = 0.0
         self._observer, self._states = Observer(), list[ProcessState]()
         self._stalled = False
+        self._newcomers = False
+        """Somebody has registered and is not introduced yet."""
         self._progress, self._moved_s = -1, time.monotonic()
         self._mark_s, self._mark_cpu_s, self._phase = time.monotonic(), 0.0, "start-up"
         self._run_id = secrets.token_hex(8)
@@ -223,6 +225,9 @@ class Supervisor:
                 ended = [process for process in alive if process.child.exit_code() is not None]
                 for peer, message in control.receive():  # after looking who ended, so that the last words of the dead are heard first
                     self._on_message(control, peer, message)
+                if self._newcomers:  # once for all of them: a fleet that starts would be introduced as often as it has members
+                    self._newcomers = False
+                    self._introduce(control)
                 orders.turn()
                 if self._door is not None:
                     self._door.turn()
@@ -351,8 +356,7 @@ class Supervisor:
             return
         process.heard_s, received_s = time.monotonic(), now_s()
         if isinstance(message, Register):
-            process.registered = message
-            self._introduce(control)
+            process.registered, self._newcomers = message, True
             if process.leaving:  # told before, but on a connection that broke
                 control.send(peer, Leave(reason=process.leaving))
             if process.role == "learner" and self._wanted_ranks != self.config.learner.ranks:
@@ -386,8 +390,7 @@ class Supervisor:
                 for r, leaving in known
             ]
         )
-        for register, _ in known:
-            control.send(register.identity, peers)
+        control.send_each((register.identity for register, _ in known), peers)
 
     def _watch(self, control: Endpoint, ended: list[Process]) -> None:
         now, limits = time.monotonic(), self.config.deadlines

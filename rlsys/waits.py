@@ -258,6 +258,8 @@ def _waits(state: ProcessState, ring: Sequence[ProcessState]) -> list[Wait]:
             for other in lacking or peers
         ]
     detail = f" ({state.detail})" if state.detail else ""
+    if state.peer and state.peer not in IMPORTANCE:  # no process of the run: a service elsewhere
+        return [Wait(waiter=state.name, on=f"the {state.peer}", what=what + detail, for_s=state.for_s, state="")]
     return [Wait(waiter=state.name, on=o.name, what=what + detail, for_s=state.for_s, state=_does(o)) for o in peers]
 
 
@@ -269,8 +271,9 @@ def _missing_samples(state: ProcessState, ring: Sequence[ProcessState]) -> list[
     given = {g: who.partition("@")[0] for g, iteration, who in _facts(dispatcher, "outstanding") if iteration == wanted}
     groups = [g for g in given if g not in complete and g < FIRST_EVAL_GROUP]
     places: dict[str, list[tuple[int, int | None, str]]] = {}
+    where = _whereabouts(ring)
     for group in groups:
-        for name, count, text in _where(group, ring) or [(given[group], None, "was given it")]:
+        for name, count, text in where.get(group) or [(given[group], None, "was given it")]:
             places.setdefault(name, []).append((group, lacking.get(group) if count is None else count, text))
     waits = []
     for name, parts in places.items():
@@ -293,26 +296,26 @@ def _missing_samples(state: ProcessState, ring: Sequence[ProcessState]) -> list[
     return waits
 
 
-def _where(group: int, ring: Sequence[ProcessState]) -> list[tuple[str, int | None, str]]:
-    """(process, samples, what it does with them) for each place that has samples of a group."""
-    places: list[tuple[str, int | None, str]] = []
+def _whereabouts(ring: Sequence[ProcessState]) -> dict[int, list[tuple[str, int | None, str]]]:
+    """Group -> (process, samples, what it does with them) for each place that has samples of it. One pass: fleets may be hundreds."""
+    names = {state.name for state in ring}
+    held = {(state.name, group): scoring for state in ring for group, scoring, *_ in _facts(state, "held")}
+    places: dict[int, list[tuple[str, int | None, str]]] = {}
     for other in ring:
-        for g, left, tokens, most, *_ in _facts(other, "running"):
-            if g == group:
-                so_far = f"{tokens:,} of at most {most:,} tokens" if tokens else f"at most {most:,} tokens"
-                places.append((other.name, left, f"samples {'it' if left == 1 else 'them'} ({so_far})"))
-        for g, peer, count in _facts(other, "sent"):
-            if g != group:
-                continue
-            receiver = next((r for r in ring if peer and r.name == peer.partition("@")[0]), None)
-            if receiver is None:
-                places.append((other.name, count, "has them and no reward actor takes them"))
-            elif any(h[0] == group for h in _facts(receiver, "held")):
-                scoring = next(h[1] for h in _facts(receiver, "held") if h[0] == group)
-                text = "scores them" if scoring else "has scored them and waits for the learner's acknowledgement"
-                places.append((receiver.name, scoring or count, text))
+        for group, left, tokens, most, *_ in _facts(other, "running"):
+            so_far = f"{tokens:,} of at most {most:,} tokens" if tokens else f"at most {most:,} tokens"
+            places.setdefault(group, []).append((other.name, left, f"samples {'it' if left == 1 else 'them'} ({so_far})"))
+        for group, peer, count in _facts(other, "sent"):
+            receiver = peer.partition("@")[0]
+            scoring = held.get((receiver, group))
+            if receiver not in names:
+                place = (other.name, count, "has them and no reward actor takes them")
+            elif scoring is None:
+                place = (receiver, count, f"was sent them by {other.name}")
             else:
-                places.append((receiver.name, count, f"was sent them by {other.name}"))
+                text = "scores them" if scoring else "has scored them and waits for the learner's acknowledgement"
+                place = (receiver, scoring or count, text)
+            places.setdefault(group, []).append(place)
     return places
 
 

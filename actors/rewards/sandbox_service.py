@@ -80,7 +80,7 @@ class SandboxService:
                 raise InfrastructureFault(f"the sandbox service at {self._options.url}: {fault.get('message')}")
             why = f"{status} {fault.get('message')}" if status else why
             seconds = min(float(wait) if wait else pause, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
-            with phase("waiting:sandbox", "sandbox service", why):
+            with phase("waiting:sandbox", "sandbox service", f"{self._options.url}: {why}"):
                 time.sleep(max(0.0, min(seconds, until - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         raise InfrastructureFault(f"no verdict from the sandbox service at {self._options.url} within {self._options.wait_s:g} s ({why})")

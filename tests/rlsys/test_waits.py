@@ -143,6 +143,14 @@ def test_an_engine_or_a_reward_that_hangs_inside_a_living_process_is_stuck() -> 
     assert "generator-0 waits 30 s for reward credit (64 completions wait to be scored)" in explain(states, LIMITS, NOW).sentence
 
 
+def test_a_service_elsewhere_that_is_away_is_named_and_nobody_of_the_run_is_blamed() -> None:
+    away = {"doing": "waiting:sandbox", "peer": "sandbox service", "detail": "http://far:1: refused", "for_s": 40.0, "quiet_s": 41.0}
+    states = ring(rewarder_0={**away, "computing": False})
+    assert blamed(states) == []
+    waits = [wait.sentence for wait in explain(states, LIMITS, NOW).waits if wait.waiter == "rewarder-0"]
+    assert waits == ["rewarder-0 waits 40 s for sandbox (http://far:1: refused) from the sandbox service"]
+
+
 def test_a_server_that_starts_or_hangs_is_named_with_its_generator() -> None:
     def told(state: str, for_s: float, detail: str = "", **more: Any) -> list[ProcessState]:
         facts = {"version": -1, "announced": 3, "server": ["SGLang server", state, for_s, detail]}

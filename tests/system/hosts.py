@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,17 @@ class Hosts:
         )
         return len(done.stdout.splitlines())
 
+    def sever_some(self, chance: random.Random, share: float) -> int:
+        """The same for some of them, each with this chance."""
+        shown = ["ip", "netns", "exec", self.theirs, "ss", "-H", "-t", "-n", "state", "established", "dst", self.address]
+        rows = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.splitlines()
+        ports = [row.split()[2].rpartition(":")[2] for row in rows if chance.random() < share]
+        broken = 0
+        for port in ports:
+            kill = ["ip", "netns", "exec", self.theirs, "ss", "-K", "-H", "-t", "-n", "dst", self.address, "sport", "=", f":{port}"]
+            broken += len(subprocess.run(kill, capture_output=True, text=True, check=False).stdout.splitlines())
+        return broken
+
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
@@ -54,19 +66,41 @@ def why_not() -> str:
 
 
 @contextmanager
-def two_hosts() -> Iterator[Hosts]:
-    """Both, joined by a wire; they are removed at the end, whatever happened."""
+def two_hosts(delay_s: float = 0.0) -> Iterator[Hosts]:
+    """Both, joined by a wire, on which a frame takes `delay_s`; they are removed at the end, whatever happened."""
     hosts = Hosts(f"rlsys-a-{os.getpid()}", f"rlsys-b-{os.getpid()}")
     try:
         for name in (hosts.ours, hosts.theirs):
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", hosts.ours, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", hosts.theirs)
-        for name, number in ((hosts.ours, 1), (hosts.theirs, 2)):
-            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "wire")
-            ip("-n", name, "link", "set", "wire", "up")
-        yield hosts
+        with _carried(hosts, delay_s) if delay_s else nullcontext():
+            if not delay_s:
+                ip("-n", hosts.ours, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", hosts.theirs)
+            for name, number in ((hosts.ours, 1), (hosts.theirs, 2)):
+                ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "wire")
+                ip("-n", name, "link", "set", "wire", "up")
+            yield hosts
     finally:
         for name in (hosts.ours, hosts.theirs):
             if Path("/run/netns", name).exists():
                 ip("netns", "del", name)
+
+
+@contextmanager
+def _carried(hosts: Hosts, delay_s: float) -> Iterator[None]:
+    """A wire that a process carries, see wire.py."""
+    command = ["ip", "netns", "exec", hosts.ours, sys.executable, "-P", str(Path(__file__).parent / "wire.py"), hosts.theirs, str(delay_s)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n", "the wire is not carried"
+        yield
+        assert process.poll() is None, "the wire broke for good"
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(timeout=10)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()

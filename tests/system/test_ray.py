@@ -189,3 +189,36 @@ def test_two_learner_ranks_on_ray_learn_as_the_local_ones_do(
     local = start(config)
     assert local.wait(300) == 0
     assert [e["version"] for e in run.exit_record["evaluations"]] == [e["version"] for e in local.exit_record["evaluations"]]
+
+
+def test_on_ray_weights_travel_over_the_network_and_the_learner_changes_its_size(
+    config: dict[str, Any], start: Callable[..., Run], cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    nodes = cluster(2, 2, 3)
+    config["iterations"] = 60
+    config["generators"]["count"] = 2
+    config["rewarders"] = {"reward": "tests.system.rewards:SlowReward", "options": {"seconds": 0.1}, "concurrency": 2}
+    config["weights"] = {"transfer": "network", "cache": str(tmp_path)}
+    config["deadlines"] = {"heartbeat_s": 60.0}
+    run = start(config, "--launcher", "ray", "--address", nodes.address)
+    run.until(lambda status: status.get("iteration", 0) >= 2, "two iterations", 300)
+    for ranks in (2, 1):
+        scaled(run, f"learner={ranks}")
+        assert [name for name in sorted(run.pids()) if name.startswith("learner")] == [f"learner-{rank}" for rank in range(ranks)]
+        now = run.status()["iteration"]
+        run.until(lambda status, now=now: status.get("iteration", 0) >= now + 2, "two iterations with that many ranks", 200)
+    no_room = command("scale", str(run.path), "learner=4", "--timeout", "120")
+    assert (no_room.returncode, "learner could not all live here" in no_room.stderr) == (1, True), no_room.stderr
+    assert run.status()["fleets"]["learner"] == {"count": 1, "wanted": 1, "leaving": 0, "joined": 0}
+    assert (
+        "the learner group keeps its 1 ranks: the Ray cluster has no room for 4 learners"
+        in (run.path / "logs" / "supervisor.jsonl").read_text()
+    )
+    assert run.wait(600, restarts=True) == 0, run.err
+    assert run.exit_record["restarts"] == []
+    sound(run, 60)
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("weights/received_bytes_total", 0.0) for row in rows) > 0, "generators fetched what they sampled with"
+    deadline = time.monotonic() + 60
+    while (after := nodes_of(nodes.address))["actors"] or after["free"] != after["cpus"]:
+        assert time.monotonic() < deadline, f"left on the cluster: {after}"

@@ -63,7 +63,7 @@ def test_a_run_over_a_slow_path_whose_connections_break_at_random_is_whole(
         config["deadlines"] = {"heartbeat_s": 60.0}
         config["learner"]["step_options"]["weight_bytes"] = 8 << 20  # several blocks, so that cuts come in the middle of a version
         run = start(config, inside=hosts.ours)
-        run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
+        run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration", 300)
         scorers = join(token_of(run, inside=hosts.ours), "--role", "rewarder", "--count", "2", inside=hosts.theirs)
         with joined_apart(run, tmp_path / "weights", inside=hosts.theirs, asked_in=hosts.ours) as generators:
             run.until(there(run, "generator-1", "generator-2", "rewarder-1", "rewarder-2"), "work on the other host", 200)

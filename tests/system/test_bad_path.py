@@ -24,7 +24,7 @@ from tests.system.test_simulated import simulated  # noqa: F401  (a fixture)
 from tests.system.test_survival import sound
 from tests.system.test_weights_over_network import at, joined_apart
 
-ITERATIONS, CUTS, SHARE = 40, 12, 0.3
+ITERATIONS, CUTS, SHARE = 150, 12, 0.3
 
 
 def checked(cache: Path, published: Path) -> int:

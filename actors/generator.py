@@ -294,8 +294,9 @@ class Generator:
         threading.Thread(target=work, name="load weights", daemon=True).start()
         while not done.done():
             trouble = self._engine.load.trouble
-            if trouble is not None and trouble.doing == "starts":
-                self._node.recorder.enter("start server", "", trouble.server, iteration=ready.number)
+            if trouble is not None and trouble.doing in ("starts", "is awaited"):
+                within = f", within {trouble.limit_s:.0f} s" if trouble.limit_s else ""
+                self._node.recorder.enter("start server", "", trouble.server + within, iteration=ready.number)
             else:
                 self._node.recorder.enter("swap weights", "learner", f"v{ready.number}", iteration=ready.number)
             self._tell_faults()
@@ -408,7 +409,7 @@ class Generator:
             "version": version.number if version else -1,
             "announced": self._intake.announced,
             "fetching": self._fetching(),
-            "server": [trouble.server, trouble.doing, trouble.for_s, trouble.detail[:300]] if trouble else [],
+            "server": [trouble.server, trouble.doing, trouble.for_s, trouble.detail[:300], trouble.limit_s] if trouble else [],
             "running": groups,
             "sent": [(group, peer, count) for (group, peer), count in islice(sent.items(), FACTS)],
             "outbox": len(self._outbox),

@@ -105,6 +105,7 @@ def _generator(node: Node, config: RunConfig) -> None:
         dtype=settings.dtype,
         device=settings.device,
         index=node.spec.index if node.spec.place < 0 else node.spec.place,
+        joined=node.spec.place >= 0,
         extra=engine_options(config),
         name=node.spec.name,
         log_dir=Path(node.spec.run_dir) / "logs",

@@ -57,7 +57,7 @@ from rlsys.rundir import (
 from rlsys.scaling import FLEETS, QueueRule, leavers, newcomers, resized, sizes_of
 from rlsys.states import Observer, limits, to_data
 from rlsys.topology import processes
-from rlsys.waits import Explanation, ProcessState, explain, nothing_moves
+from rlsys.waits import Explanation, ProcessState, explain, nothing_moves, starts_server
 
 log = logging.getLogger("rlsys.supervisor")
 
@@ -421,11 +421,13 @@ class Supervisor:
         self._watch_stall()
 
     def _watch_stall(self) -> None:
-        """Nothing useful happened in the whole ring for stall_s, and the learner computes nothing: say who does what and end."""
+        """Nothing useful happened in the whole ring for stall_s, the learner computes nothing and no generator starts its engine's server,
+        which has a deadline of its own: say who does what and end."""
         beats = [p.heartbeat for p in self._processes.values() if p.child.spec.role != "dashboard" and p.heartbeat is not None]
         progress = sum(beat.progress for beat in beats)
         training = any(b.identity.startswith("learner") and not is_waiting(b.doing) for b in beats)
-        if progress != self._progress or training or len(beats) < len(self._processes) - 1:
+        starting = any(starts_server(p.heartbeat.facts, time.monotonic() - p.heard_s) for p in self._processes.values() if p.heartbeat)
+        if progress != self._progress or training or starting or len(beats) < len(self._processes) - 1:
             self._progress, self._moved_s = progress, time.monotonic()
         elif time.monotonic() - self._moved_s > self.config.deadlines.stall_s:
             self.stop("failed", f"nothing has moved for {self.config.deadlines.stall_s:.0f} s: {'; '.join(map(in_words, beats))}")
@@ -668,7 +670,8 @@ class Supervisor:
         self._watch_movement()
         self.view.status = self.status()
         for process in self._processes.values():
-            bound(process.child.log_path, self.config.observe.log_mb * 1e6)
+            for path in (process.child.log_path, process.child.log_path.with_name(f"{process.name}-server.log")):
+                bound(path, self.config.observe.log_mb * 1e6)
         self._write("status.json", json.dumps(self.view.status))  # indented JSON is encoded in Python, slowly
 
     def _write(self, name: str, text: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from protocol.intervals import WAITING, is_waiting
 
+GRACE_S = 30.0
+"""Beyond the time that an engine gives the start of its server: to end the one before, and to tell."""
 FIRST_EVAL_GROUP = 1 << 40
 """Groups from here on are evaluation; as in actors/dispatcher.py."""
 IMPORTANCE = ("learner", "dispatcher", "generator", "rewarder", "dashboard")
@@ -154,11 +156,20 @@ def explain(states: Iterable[ProcessState], limits: Limits, clock_s: float = 0.0
 
 def nothing_moves(states: Sequence[ProcessState], for_s: float) -> bool:
     """Whether every process of the ring has been without a result for so long, none that can be heard computes for the learner, and no
-    generator starts its engine's server."""
+    generator starts its engine's server within the time that it has for that."""
     ring = [state for state in states if state.role != "dashboard"]
     trains = any(s.role == "learner" and not s.waits and not s.stopped and s.computing for s in ring)
-    starts = any((server := _server(s)) is not None and server[0] and not s.stopped and s.computing for s in ring)
+    starts = any(starts_server(s.facts, s.silent_s) and not s.stopped for s in ring)
     return bool(ring) and not trains and not starts and all(s.registered and s.quiet_s >= for_s for s in ring)
+
+
+def starts_server(facts: Mapping[str, Any], silent_s: float = 0.0) -> bool:
+    """Whether a generator that said `facts` so long ago starts its engine's server, and is not over the time that the engine gives it.
+
+    Imports wait for a disk, and weights for a device, without using the processor; so the engine's own deadline is what counts.
+    """
+    server = _parse_server(facts)
+    return server is not None and server.starts and server.for_s + silent_s <= server.limit_s + GRACE_S
 
 
 # ---------------------------------------------------------------------------------------------------- who is to blame
@@ -326,18 +337,42 @@ def _facts(state: ProcessState | None, name: str) -> list[Any]:
 def _server(state: ProcessState) -> tuple[bool, float, str] | None:
     """Whether the server of a generator's engine starts, for how long it has done that or shown no life, and all of it in words without
     the generator's name. None if it samples, or if there is none."""
-    facts = state.facts.get("server")
-    if not facts:
+    server = _parse_server(state.facts)
+    if server is None:
         return None
-    server, doing, for_s, detail = facts
-    for_s += state.silent_s
-    if doing == "starts":
-        return (
-            True,
-            for_s,
-            f"has been starting its {server} for {for_s:.0f} s" + (f", because of the one before: {detail}" if detail else ""),
-        )
-    return False, for_s, f"has had no answer from its {server} for {for_s:.0f} s" + (f" ({detail})" if detail else "")
+    for_s = server.for_s + state.silent_s
+    if server.starts:
+        most = f" of at most {server.limit_s:.0f} s" if server.limit_s else ""
+        why = f", because of the one before: {server.detail}" if server.detail else ""
+        return True, for_s, f"has been {server.verb} its {server.name} for {for_s:.0f} s{most}{why}"
+    acts = f"; after {server.limit_s:.0f} s it counts as hung" if server.limit_s else ""
+    detail = f" ({server.detail})" if server.detail else ""
+    return False, for_s, f"has had no answer from its {server.name} for {for_s:.0f} s{detail}{acts}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Server:
+    """What a generator says of its engine's server."""
+
+    name: str
+    verb: str
+    """What the generator does about a server that is not there yet; empty if it is."""
+    for_s: float
+    detail: str
+    limit_s: float
+
+    @property
+    def starts(self) -> bool:
+        return bool(self.verb)
+
+
+def _parse_server(facts: Mapping[str, Any]) -> _Server | None:
+    found = facts.get("server")
+    if not found:
+        return None
+    name, doing, for_s, detail, limit_s = found
+    verb = {"starts": "starting", "is awaited": "waiting for"}.get(doing, "")
+    return _Server(name=name, verb=verb, for_s=for_s, detail=detail, limit_s=limit_s)
 
 
 def servers(states: Iterable[ProcessState]) -> list[str]:

@@ -82,10 +82,13 @@ class ServerTrouble:
 
     server: str
     """Its name, such as "SGLang server"."""
-    doing: Literal["starts", "is silent", "is stopped"]
+    doing: Literal["starts", "is awaited", "is silent", "is stopped"]
+    """A server that somebody else starts is awaited."""
     for_s: float
     detail: str = ""
     """Why it is started again; which of its processes is stopped."""
+    limit_s: float = 0.0
+    """How long that may take before the engine acts on it, in seconds; 0 if that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,9 @@ class EngineOptions:
     dtype: str = "float32"
     device: str = "cpu"
     index: int = 0
-    """Of the generator actor that the engine works for; an engine may take its devices by it."""
+    """Of the generator actor that the engine works for, on this host; an engine may take its devices by it."""
+    joined: bool = False
+    """Whether this host joined the run: what the options say of the devices of the run's own host does not hold here."""
     extra: dict[str, object] = field(default_factory=dict)
     name: str = "engine"
     log_dir: Path | None = None

@@ -153,32 +153,43 @@ def test_a_service_elsewhere_that_is_away_is_named_and_nobody_of_the_run_is_blam
 
 def test_a_server_that_starts_or_hangs_is_named_with_its_generator() -> None:
     def told(state: str, for_s: float, detail: str = "", **more: Any) -> list[ProcessState]:
-        facts = {"version": -1, "announced": 3, "server": ["SGLang server", state, for_s, detail]}
+        facts = {"version": -1, "announced": 3, "server": ["SGLang server", state, for_s, detail, 20.0 if "doing" in more else 300.0]}
         return ring(generator_1={"doing": "start server", "quiet_s": 41.0, "computing": False, "facts": facts, **more})
 
     starts = told("starts", 12.0)
     assert blamed(starts) == [], "starting takes its time"
-    assert "generator-1 has been starting its SGLang server for 12 s" in explain(starts, LIMITS, NOW).working
+    assert "generator-1 has been starting its SGLang server for 12 s of at most 300 s" in explain(starts, LIMITS, NOW).working
     starts = told("starts", 42.0, "no answer from its scheduler for 20 s")
     assert blamed(starts) == [("generator-1", "starting")]
     assert (
-        "generator-1 has been starting its SGLang server for 42 s, because of the one before: no answer from its scheduler for 20 s"
-        in explain(starts, LIMITS, NOW).sentence
+        "generator-1 has been starting its SGLang server for 42 s of at most 300 s, because of the one before: no answer from its scheduler "
+        "for 20 s" in explain(starts, LIMITS, NOW).sentence
     )
+    assert "has been waiting for its SGLang server for 42 s of at most 300 s" in explain(told("is awaited", 42.0), LIMITS, NOW).sentence
     assert blamed(told("is silent", 4.0, doing="waiting:engine")) == []
     hangs = told("is stopped", 9.0, "its scheduler process (7) is stopped", doing="waiting:engine", silent_s=0.5)
     assert blamed(hangs) == [("generator-1", "server")]
     sentence = explain(hangs, LIMITS, NOW).sentence
-    assert "generator-1 has had no answer from its SGLang server for 10 s (its scheduler process (7) is stopped)" in sentence
+    assert (
+        "generator-1 has had no answer from its SGLang server for 10 s (its scheduler process (7) is stopped); after 20 s it counts as hung"
+        in sentence
+    )
 
 
 def test_a_ring_whose_server_starts_does_move() -> None:
     quiet = {"quiet_s": 99.0}
     waiting = {f"{name}_0": quiet for name in ("learner", "dispatcher", "rewarder", "generator")} | {"learner_1": quiet}
-    starts = {"doing": "start server", "facts": {"server": ["SGLang server", "starts", 50.0, ""]}, **quiet}
+
+    def starting(for_s: float, **more: Any) -> list[ProcessState]:
+        facts = {"server": ["SGLang server", "starts", for_s, "", 300.0]}
+        return ring(**waiting, generator_1={"doing": "start server", "computing": False, "facts": facts, **quiet, **more})
+
     assert nothing_moves(ring(**waiting, generator_1=quiet), 30.0)
-    assert not nothing_moves(ring(**waiting, generator_1=starts), 30.0)
-    assert nothing_moves(ring(**waiting, generator_1={**starts, "stopped": True}), 30.0)
+    for seconds in (0.0, 88.0, 299.0, 320.0):
+        assert not nothing_moves(starting(seconds), 30.0), "whether or not its imports use the processor at this moment"
+    assert nothing_moves(starting(331.0), 30.0), "its own deadline is over, and nobody has acted on it"
+    assert nothing_moves(starting(50.0, stopped=True), 30.0)
+    assert nothing_moves(starting(250.0, silent_s=90.0), 30.0)
 
 
 def test_weights_that_never_arrive_are_told_from_those_that_are_not_loaded() -> None:

@@ -19,6 +19,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +30,10 @@ from pydantic import ValidationError
 
 from actors.engines import EngineLoad, EngineOptions, Sampled, SampleRequest, ServerTrouble
 from actors.engines.concurrency import Concurrency
-from actors.engines.lanes import Lane, PartlyLoaded, make_lane
+from actors.engines.lanes import Lane, PartlyLoaded, Target, make_lane
 from actors.engines.sglang_client import Broken, Client, Dead, Ended, Event, Loaded, NoAnswer, Stream
 from actors.engines.sglang_options import Options
-from actors.engines.sglang_server import Server, device_kind
+from actors.engines.sglang_server import ATTACH_S, Server, device_kind, device_places
 from actors.engines.swaps import FLUSH_SINCE, Swap, choose_swap, parse_version
 from actors.engines.tensors import Shapes, check_shapes, read_shapes
 from protocol.errors import ConfigError, DataError, InfrastructureFault, WeightsError
@@ -145,16 +146,22 @@ class SGLangEngine:
         )
 
     def _trouble(self) -> ServerTrouble | None:
-        def trouble(doing: Literal["starts", "is silent", "is stopped"], for_s: float, detail: str = "") -> ServerTrouble:
-            return ServerTrouble(server="SGLang server", doing=doing, for_s=for_s, detail=detail)
+        attached = self._server.attached
+
+        def trouble(
+            doing: Literal["starts", "is awaited", "is silent", "is stopped"], for_s: float, detail: str, limit_s: float
+        ) -> ServerTrouble:
+            name = f"SGLang server at {self._server.url}" if attached else "SGLang server"
+            return ServerTrouble(server=name, doing=doing, for_s=for_s, detail=detail, limit_s=limit_s)
 
         if not self._ready:
-            return trouble("starts", time.monotonic() - self._began_s, self._why_lost)
+            limit_s = ATTACH_S if attached and not self._met else self._options.start_s
+            return trouble("is awaited" if attached else "starts", time.monotonic() - self._began_s, self._why_lost, limit_s)
         silent_s = self._client.silent_s
         if not silent_s:
             return None
         stopped = self._server.stopped()
-        return trouble("is stopped" if stopped else "is silent", silent_s, stopped)
+        return trouble("is stopped" if stopped else "is silent", silent_s, stopped, self._options.silence_s)
 
     @property
     def server(self) -> Server:
@@ -266,6 +273,8 @@ class SGLangEngine:
             if self._starting is not None:
                 self._starting.join()
             self._server.close()
+            if self._lane is not None:
+                self._lane.close()
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -308,6 +317,11 @@ class SGLangEngine:
             self._broken(event)
 
     def _ended_stream(self, stream: Stream) -> None:
+        if isinstance(
+            fault := (stream.finish or {}).get("matched"), str
+        ):  # no text can match: so SGLang says that its last token is forged
+            self._broken(Broken(stream, 500, f"the server ended it with {fault!r}"))
+            return
         sample = self._running.pop(int(str(stream.key)), None)
         if sample is None:
             return
@@ -326,6 +340,12 @@ class SGLangEngine:
                 self._waiting.appendleft(sample)
                 return
             kind = "length"
+        if kind == "stop" and not asked_for(stream.finish or {}, sample.request.sampling.stop_token_ids):
+            if len(sample.ids) < sample.limit and not sample.aborted:  # a server at a `url` may have stop tokens of its own: it goes on
+                sample.stream = None
+                self._waiting.appendleft(sample)
+                return
+            kind = "abort" if sample.aborted else "length"
         self._starts = 0
         self._finish(sample, "abort" if sample.aborted and kind == "abort" else _FINISH[kind])
 
@@ -508,11 +528,34 @@ class SGLangEngine:
             check_attached(self._server.url, self._engine, about, model)
         self._swap = choose_swap(self._options.swap, version, not about.get("disable_radix_cache", False))
         self._flushes = parse_version(version) >= FLUSH_SINCE
-        self._lane = make_lane(self._options.lane, self._post, self._engine.device, parse_version(version), int(about.get("tp_size", 1)))
+        if self._lane is not None:
+            self._lane.close()
+        self._lane = self._make_lane(about)
         self._client.take(0.0)  # news of the server before
         self._client.watch(self._server.url, self._server, self._options.silence_s)
         self._ready = self._met = True
         log.info("SGLang %s answers at %s, weights are swapped by %s", version, self._server.url, self._swap)
+
+    def _make_lane(self, about: dict[str, Any]) -> Lane:
+        """The configured way to this server. Raises ConfigError for a server that it cannot serve."""
+        options, engine = self._options, self._engine
+        many = [name for name in ("pp_size", "dp_size") if int(about.get(name) or 1) > 1]
+        if options.lane != "disk" and many:
+            raise ConfigError(
+                f"sglang engine: lane {options.lane} serves tensor-parallel ranks alone, but the server has {many[0]} {about[many[0]]}"
+            )
+        own = options.url is None
+        target = Target(
+            post=self._post,
+            url=self._server.url,
+            version=parse_version(str(about.get("version", ""))),
+            tp=int(about.get("tp_size", 1)),
+            device=engine.device,
+            places=device_places(options, engine.device, engine.index, joined=engine.joined) if own else (),
+            taken=(() if engine.joined else options.devices or ()),
+            index=engine.index,
+        )
+        return make_lane(options.lane, target)
 
     def _lives(self) -> bool:
         """Whether the server's processes are there and it answers."""
@@ -559,6 +602,11 @@ def _read_version(text: str) -> Version:
     if not (number.isdigit() and incarnation.isdigit()):
         raise InfrastructureFault(f"sglang engine: tokens of version {text!r}, which was never loaded from here")
     return Version(int(number), int(incarnation))
+
+
+def asked_for(finish: dict[str, Any], stop_token_ids: Sequence[int]) -> bool:
+    """Whether a request that ended with "stop" ended at one of the stop tokens that it named."""
+    return finish.get("matched") in stop_token_ids
 
 
 def check_attached(url: str, engine: EngineOptions, about: dict[str, Any], model: dict[str, Any]) -> None:

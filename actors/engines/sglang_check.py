@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.engines.environments import find_python, missing_environment
 from actors.engines.sglang_options import Options
-from actors.engines.sglang_server import device_kind, visible_devices
+from actors.engines.sglang_server import device_kind, device_places
 from protocol.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def check(options: Options, device: str, count: int) -> list[str]:
             raise ConfigError(f"url names one server, but generators.count is {count}; each actor needs a server of its own")
         return []
     for index in range(count):
-        visible_devices(options, device, index)
+        device_places(options, device, index)
     if options.python is not None:
         find_python("sglang", kind, options.python)
         return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import select
 import threading
@@ -365,6 +366,8 @@ def _read_event(stream: Stream, event: bytes) -> str:
     if meta is None:
         return _reason(content)
     new, logprobs = content.get("output_ids") or [], [entry[0] for entry in meta.get("output_token_logprobs") or []]
+    if bad := [value for value in logprobs if value is None or not math.isfinite(value)]:
+        return f"a log-prob of {bad[0]}, which is no number: the weights or the server's kernels are broken"
     total = meta["completion_tokens"]
     if len(stream.ids) + len(new) == total:
         stream.ids += new

@@ -11,6 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 SwapPolicy = Literal["auto", "retract_flush", "retract", "abort_resume", "in_place"]
 
 
+_OURS = "is chosen by the actor; leave it out"
+_TP = "set options.tp, by which servers are given their devices"
+RESERVED = {
+    **dict.fromkeys(
+        ("host", "port", "model", "model-path", "load-format", "device", "base-gpu-id", "skip-tokenizer-init", "config"), _OURS
+    ),
+    **dict.fromkeys(("tp", "tp-size", "tensor-parallel-size"), _TP),
+    **dict.fromkeys(("api-key", "admin-api-key"), "the actor sends no key; its server listens on the loopback interface alone"),
+    **dict.fromkeys(
+        ("nnodes", "node-rank", "dist-init-addr"), "a server that an actor starts lies on one host; start it yourself, use url"
+    ),
+}
+"""Flags of the server that may not be given -> why."""
+
+
 class Options(BaseModel):
     """How the server is started or found, and how it is driven."""
 
@@ -22,7 +37,9 @@ class Options(BaseModel):
     )
     tp: int = Field(1, ge=1, description="tensor-parallel size: devices of one server")
     devices: list[int] | None = Field(
-        None, description="CUDA devices of all servers on this host; server i takes the i-th tp of them (default: from 0 on)"
+        None,
+        description="CUDA devices of all servers on the run's own host, counted as torch counts them; server i takes the i-th tp of them "
+        "(default: from 0 on, as on hosts that join, which use those that they are given)",
     )
     memory_fraction: float | None = Field(
         None, gt=0, lt=1, description="share of a device's memory for weights and cache; default: 0.8 on a GPU"
@@ -62,6 +79,11 @@ class Options(BaseModel):
             own = [name for name in ours if getattr(self, name)]
             if own:
                 raise ValueError(f"url is given, so no server is started, and {', '.join(own)} would do nothing")
+        for name, why in RESERVED.items():
+            if found := [key for key in self.server_args if key.replace("_", "-").removeprefix("--") == name]:
+                raise ValueError(f"server_args.{found[0]}: {why}")
+        if self.devices is not None and min(self.devices, default=0) < 0:
+            raise ValueError(f"devices {self.devices}: they are counted from 0")
         if self.devices is not None and len(set(self.devices)) != len(self.devices):
             raise ValueError(f"devices {self.devices} names one twice")
         if self.devices is not None and len(self.devices) < self.tp:

@@ -44,31 +44,43 @@ _OWN_PROCESSES = "sglang::"
 
 def device_kind(device: str) -> str:
     """ "cpu" or "cuda". Raises ConfigError for anything else."""
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"sglang engine: device {device!r}; expected cpu, cuda or cuda:N")
-    return kind
+    return device.partition(":")[0]
 
 
-def visible_devices(options: Options, device: str, index: int, given: str = "") -> str:
-    """CUDA_VISIBLE_DEVICES of server `index`, of those that this process was `given` itself. Raises ConfigError when none is left for it."""
+def device_places(options: Options, device: str, index: int, *, joined: bool = False) -> list[int]:
+    """The devices of server `index`, counted as torch counts them in this process, the learner's too; none on a CPU.
+
+    On a host that `joined` the run they are counted from 0. Raises ConfigError when the list has none left for it.
+    """
     if device_kind(device) == "cpu":
-        return ""
+        return []
     if device.startswith("cuda:"):
-        return device.partition(":")[2]
+        if options.tp > 1 or options.devices is not None:
+            raise ConfigError(f"sglang engine: device {device!r} names one device; with tp or devices, set it to cuda")
+        return [int(device.partition(":")[2])]
     first, last = index * options.tp, (index + 1) * options.tp
-    if options.devices is None and given:
-        pool = [name.strip() for name in given.split(",")]
-        if last > len(pool):
-            raise ConfigError(
-                f"sglang engine {index}: needs devices {first} to {last - 1} of CUDA_VISIBLE_DEVICES, which names {len(pool)}"
-            )
-        return ",".join(pool[first:last])
-    if options.devices is None:
-        return ",".join(str(number) for number in range(first, last))
+    if options.devices is None or joined:
+        return list(range(first, last))
     if last > len(options.devices):
         raise ConfigError(f"sglang engine {index}: needs devices {first} to {last - 1} of the list, which names {len(options.devices)}")
-    return ",".join(str(number) for number in options.devices[first:last])
+    return options.devices[first:last]
+
+
+def visible_devices(places: list[int], given: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a server on `places`; `given` is this process's own, None if it has none.
+
+    Raises ConfigError for a place that is not among those.
+    """
+    if given is None:
+        return ",".join(map(str, places))
+    pool = [name.strip() for name in given.split(",") if name.strip()]
+    if outside := [place for place in places if place >= len(pool)]:
+        raise ConfigError(
+            f"sglang engine: needs device {outside[0]} of CUDA_VISIBLE_DEVICES ({given}), which names {len(pool)}, counted from 0"
+        )
+    return ",".join(pool[place] for place in places)
 
 
 def server_command(python: Path, model: Path, port: int, engine: EngineOptions, options: Options) -> list[str]:
@@ -116,7 +128,9 @@ def server_environment(engine: EngineOptions, options: Options) -> dict[str, str
     own = {
         "OMP_NUM_THREADS": str(engine.threads),
         "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": visible_devices(options, engine.device, engine.index, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
+        "CUDA_VISIBLE_DEVICES": visible_devices(
+            device_places(options, engine.device, engine.index, joined=engine.joined), os.environ.get("CUDA_VISIBLE_DEVICES")
+        ),
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -127,7 +141,8 @@ def server_environment(engine: EngineOptions, options: Options) -> dict[str, str
 
 
 def write_model_dir(source: Path, target: Path) -> None:
-    """The directory that a server starts from. Raises DataError for a model without a readable config.json."""
+    """The directory that a server starts from; one that is there already is left as it is. Raises DataError for a model without a readable
+    config.json, OSError when it cannot be written."""
     try:
         config = json.loads((source / CONFIG).read_text())
     except (OSError, ValueError) as error:
@@ -136,7 +151,16 @@ def write_model_dir(source: Path, target: Path) -> None:
     for part in ("text_config", "llm_config"):
         if isinstance(config.get(part), dict):
             config[part]["eos_token_id"] = None
-    (target / CONFIG).write_text(json.dumps(config, indent=1))
+    text = json.dumps(config, indent=1)
+    try:
+        if (target / CONFIG).read_text() == text:
+            return
+    except OSError:
+        pass
+    target.mkdir(parents=True, exist_ok=True)
+    aside = target / f".{CONFIG}.{os.getpid()}"
+    aside.write_text(text)
+    aside.replace(target / CONFIG)
 
 
 def free_port() -> int:
@@ -157,11 +181,11 @@ class Server:
         self._guard: subprocess.Popen[bytes] | None = None
         self._pipe = -1
         self._processes: dict[int, str] = {}
-        self._scratch: Path | None = None
+        self._model_dir: Path | None = None
         self.log = (engine.log_dir or Path(tempfile.gettempdir())) / f"{engine.name}-server.log"
         if not self.attached:
             self._python = find_python("sglang", device_kind(engine.device), options.python)
-            visible_devices(options, engine.device, engine.index, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+            server_environment(engine, options)
 
     def begin(self) -> None:
         """Start the server; `wait_ready` tells when it answers. Nothing to do for one that runs elsewhere.
@@ -170,15 +194,17 @@ class Server:
         """
         if self.attached:
             return
-        if self._scratch is None:
-            try:
-                self._scratch = Path(tempfile.mkdtemp(prefix="rlsys-sglang-"))
-                write_model_dir(self._engine.model_path, self._scratch)
-            except OSError as error:
-                raise InfrastructureFault(f"{tempfile.gettempdir()}: the server's model directory cannot be written ({error})") from None
+        try:
+            if self._model_dir is None:  # beside the log, where the next start of the same actor finds it if this one is killed
+                self._model_dir = self.log.with_suffix("") if self._engine.log_dir else Path(tempfile.mkdtemp(prefix="rlsys-sglang-"))
+            write_model_dir(self._engine.model_path, self._model_dir)
+        except OSError as error:
+            raise InfrastructureFault(
+                f"{self._model_dir or tempfile.gettempdir()}: the server's model cannot be written ({error})"
+            ) from None
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = server_command(self._python, self._scratch, port, self._engine, self._options)
+        command = server_command(self._python, self._model_dir, port, self._engine, self._options)
         reader, self._pipe = os.pipe()
         try:
             self._guard = subprocess.Popen(
@@ -207,7 +233,9 @@ class Server:
                 error = ConfigError if self._guard.returncode == REFUSED else InfrastructureFault
                 raise error(f"the server ended with exit code {self._guard.returncode} while it started: {self.complaint()}")
             try:
-                ask("/model_info")
+                served = ask("/model_info").get("model_path")
+                if not self.attached and served != str(self._model_dir):  # it took the port; ours will end
+                    raise InfrastructureFault(f"another server, of {served}, answers at {self.url}")
                 break
             except InfrastructureFault as fault:
                 if time.monotonic() > deadline and self.attached:
@@ -270,9 +298,9 @@ class Server:
     def close(self) -> None:
         """End the server for good and remove what was made for it."""
         self.end()
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None
+        if self._model_dir is not None:
+            shutil.rmtree(self._model_dir, ignore_errors=True)
+            self._model_dir = None
 
     @property
     def processes(self) -> dict[int, str]:

@@ -105,6 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     with tempfile.TemporaryDirectory() as name:
         directory = options.keep or Path(name)
+        directory.mkdir(parents=True, exist_ok=True)
         make_model(directory / "model", tiny=options.tiny)
         write_dataset(directory / "train.jsonl", "train", 256, 0)
         for lane in options.lanes:
@@ -161,6 +162,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if wrong := [pair for pair in options.environment if "=" not in pair]:
         parser.error(f"--environment {wrong[0]}: expected NAME=VALUE")
+    if options.keep is not None:
+        options.keep = options.keep.expanduser().absolute()  # paths in a configuration count from where it stands
+        if old := [lane for lane in options.lanes if (options.keep / f"run-{lane}").exists()]:
+            parser.error(f"--keep {options.keep}: holds a run of lane {old[0]} already; name a new directory")
+    if options.python is not None:
+        options.python = options.python.expanduser().absolute()
     if options.device == "cuda":
         import torch
 

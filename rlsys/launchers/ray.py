@@ -218,9 +218,10 @@ def needs(config: RunConfig) -> dict[str, Resources]:
     """What one process of each role takes, from the configuration, with what `ray` in it says instead."""
     generators, learner, given = config.generators, config.learner, config.ray
     gpu = {"GPU": 1.0}
+    tp = generators.options.get("tp", 1)  # devices of one engine's server
     found: dict[str, Resources] = {
         "learner": {"CPU": float(learner.threads), **(gpu if learner.device.startswith("cuda") else {})},
-        "generator": {"CPU": float(generators.threads), **(gpu if generators.device.startswith("cuda") else {})},
+        "generator": {"CPU": float(generators.threads), **({"GPU": float(tp)} if generators.device.startswith("cuda") else {})},
         "rewarder": {"CPU": float(config.rewarders.concurrency)},
     }
     own = {"learner": given.learner, "generator": given.generator, "rewarder": given.rewarder}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +19,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from actors.engines import EngineOptions, guard, tensor_lanes
+from actors.engines import EngineOptions, guard
 from actors.engines.concurrency import DECREASE, Concurrency, ServerLoad
 from actors.engines.environments import READY, environment_dir, find_python, read_environment
-from actors.engines.lanes import PartlyLoaded
-from actors.engines.sglang import check_attached
+from actors.engines.sglang import asked_for, check_attached
 from actors.engines.sglang_check import check
 from actors.engines.sglang_client import Stream, _read_event
 from actors.engines.sglang_options import Options
-from actors.engines.sglang_server import Server, server_command, visible_devices, write_model_dir
+from actors.engines.sglang_server import Server, device_places, server_command, server_environment, write_model_dir
 from actors.engines.swaps import choose_swap
 from actors.engines.tensors import check_shapes, read_shapes
 from protocol.errors import ConfigError, InfrastructureFault, WeightsError
@@ -123,6 +123,13 @@ def test_pieces_of_a_stream_become_one_completion(cumulative: bool) -> None:
 def test_a_hole_in_a_stream_and_an_error_in_it_are_told() -> None:
     assert "2 token ids after 0, 5 in all" in _read_event(Stream(0, "r"), event([1, 2], [-1.0, -1.0], 5))
     assert _read_event(Stream(0, "r"), b'data: {"error": {"message": "out of memory"}}') == "out of memory"
+    for value in (None, float("nan"), float("-inf")):  # SGLang writes NaN as null
+        assert "which is no number" in _read_event(Stream(0, "r"), event([1, 2], [-1.0, value], 2))  # type: ignore[list-item]
+
+
+def test_only_a_stop_token_that_was_asked_for_ends_a_sample() -> None:
+    assert asked_for({"type": "stop", "matched": 5}, (4, 5))
+    assert not asked_for({"type": "stop", "matched": 6}, (4, 5)) and not asked_for({"type": "stop", "matched": 6}, ())
 
 
 # ---------------------------------------------------------------------------------------------------- weights and devices
@@ -152,13 +159,36 @@ def test_wrong_tensors_are_told_before_a_server_sees_them(tmp_path: Path) -> Non
 
 def test_each_server_has_devices_of_its_own() -> None:
     options = Options(tp=2, devices=[3, 4, 5, 6])
-    assert [visible_devices(options, "cuda", i) for i in (0, 1)] == ["3,4", "5,6"]
-    assert [visible_devices(Options(), "cuda", i, "4,GPU-5f,7") for i in (0, 2)] == ["4", "7"], "of those that it was given itself"
-    with pytest.raises(ConfigError, match="needs devices 3 to 3 of CUDA_VISIBLE_DEVICES, which names 3"):
-        visible_devices(Options(), "cuda", 3, "4,5,7")
-    assert [visible_devices(Options(), device, 2) for device in ("cuda", "cuda:5", "cpu")] == ["2", "5", ""]
+    assert [device_places(options, "cuda", i) for i in (0, 1)] == [[3, 4], [5, 6]]
+    assert [device_places(options, "cuda", i, joined=True) for i in (0, 1)] == [[0, 1], [2, 3]], "the list is of the run's own host"
+    assert [device_places(Options(), device, 2) for device in ("cuda", "cuda:5", "cpu")] == [[2], [5], []]
     with pytest.raises(ConfigError, match="needs devices 4 to 5 of the list, which names 4"):
-        visible_devices(options, "cuda", 2)
+        device_places(options, "cuda", 2)
+    for device in ("cuda:x", "cuda:", "gpu"):
+        with pytest.raises(ConfigError, match="expected cpu, cuda or cuda:N"):
+            device_places(Options(), device, 0)
+    with pytest.raises(ConfigError, match="names one device"):
+        device_places(options, "cuda:1", 0)
+
+
+def test_a_server_sees_its_devices_alone_of_those_that_its_actor_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers of two devices on a host whose scheduler gave it four."""
+
+    def seen(index: int, device: str = "cuda", **more: Any) -> str:
+        engine = EngineOptions(model_path=tmp_path, max_context=64, device=device, index=index, **more)
+        return server_environment(engine, Options(tp=2 if device == "cuda" else 1))["CUDA_VISIBLE_DEVICES"]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [seen(0), seen(1), seen(0, "cuda:7"), seen(1, "cpu")] == ["0,1", "2,3", "7", ""]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5f,6,7")
+    assert [seen(0), seen(1, joined=True), seen(0, "cuda:1"), seen(1, "cpu")] == ["4,GPU-5f", "6,7", "GPU-5f", ""]
+    with pytest.raises(ConfigError, match=r"needs device 4 of CUDA_VISIBLE_DEVICES \(4, GPU-5f,6,7\), which names 4"):
+        seen(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="needs device 0 of CUDA_VISIBLE_DEVICES"):
+        seen(0)
+    environment = server_environment(EngineOptions(model_path=tmp_path, max_context=64), Options(environment={"NCCL_DEBUG": "INFO"}))
+    assert environment["NCCL_DEBUG"] == "INFO" and "PYTHONPATH" not in environment
 
 
 def test_any_flag_of_the_server_passes_through_and_overrides_ours(tmp_path: Path) -> None:
@@ -182,6 +212,9 @@ def test_the_server_knows_no_stop_tokens_of_its_own(tmp_path: Path) -> None:
         "vocab_size": 9, "eos_token_id": None, "text_config": {"eos_token_id": None}
     }  # fmt: skip
     assert [path.name for path in (tmp_path / "served").iterdir()] == ["config.json"]
+    before = (tmp_path / "served" / "config.json").stat().st_ino
+    write_model_dir(tmp_path / "model", tmp_path / "served")
+    assert (tmp_path / "served" / "config.json").stat().st_ino == before, "on a full disk the one of the start before is good enough"
 
 
 # ---------------------------------------------------------------------------------------------------- the guard
@@ -278,6 +311,28 @@ def test_a_full_disk_costs_lines_of_the_log_and_nothing_else() -> None:
 # ---------------------------------------------------------------------------------------------------- the environment
 
 
+def test_a_server_is_ready_when_it_answers_itself(tmp_path: Path) -> None:
+    """Another one may take the port between its choice and its use, half a minute later; its answers are not those of ours."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    python = tmp_path / "python"  # a server that runs and never answers
+    python.write_text('#!/bin/sh\n[ "$1" = -I ] && echo True && exit\nexec sleep 600\n')
+    python.chmod(0o755)
+    logs = tmp_path / "logs"
+    server = Server(EngineOptions(model_path=tmp_path, max_context=64, log_dir=logs, name="x"), Options(python=python, start_s=0.5))
+    try:
+        for answer, why in (({"model_path": "/another"}, "another server, of /another, answers"), ({}, "another server, of None")):
+            with pytest.raises(InfrastructureFault, match=f"did not answer within 0.5 s of its start .*{why}"):
+                server.begin()
+                server.wait_ready(lambda path, answer=answer: answer, lambda: False)  # type: ignore[misc]
+            server.end()
+        assert [path.name for path in logs.iterdir()] == ["x-server"], "its model lies beside its log"
+        server.begin()
+        server.wait_ready(lambda path: {"model_path": str(logs / "x-server")}, lambda: False)
+    finally:
+        server.close()
+    assert not list(logs.iterdir())
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_lock_files_pin_every_package_once(device: str) -> None:
     lock = read_lock("sglang", device)
@@ -327,6 +382,17 @@ def test_options_that_cannot_work_are_told_before_a_start_and_a_missing_environm
     ):
         with pytest.raises(ConfigError, match=why):
             check(options, device, count)
+    for flag, why in (
+        ("port", "chosen by the actor"),
+        ("--model_path", "chosen by the actor"),
+        ("tp-size", r"set options\.tp"),
+        ("api_key", "sends no key"),
+        ("nnodes", "on one host"),
+    ):
+        with pytest.raises(ValidationError, match=f"server_args.{flag}: .*{why}"):
+            Options(server_args={flag: 1})
+    with pytest.raises(ValidationError, match="counted from 0"):
+        Options(devices=[-1])
     for address in ("localhost:30000", "ftp://host:1", "http://host:port", "http://host:1/v1"):
         with pytest.raises(ValidationError, match="expected an address"):
             Options(url=address)
@@ -357,32 +423,6 @@ def test_what_a_server_complains_of_is_found_in_its_log(tmp_path: Path, monkeypa
     assert server.complaint().startswith("sglang serve: error: unrecognized arguments: --bogus 1 (see ")
     server.log.write_text("one\ntwo\n")
     assert "one | two" in server.complaint()
-
-
-@pytest.mark.parametrize("after", [0, 1])
-def test_an_update_that_breaks_off_says_whether_the_old_weights_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    monkeypatch.setattr(tensor_lanes, "PIECE_BYTES", 16)
-    save_file({f"t{i}": torch.ones(4) for i in range(4)}, tmp_path / "a.safetensors")
-    given: list[str | None] = []
-
-    def send(piece: list[tuple[str, torch.Tensor]], version: str | None, flush: bool) -> None:
-        if len(given) == after:
-            raise InfrastructureFault("out of memory")
-        given.append(version)
-
-    with pytest.raises(InfrastructureFault) as error:
-        tensor_lanes.send_all(tmp_path, torch.device("cpu"), "1.0", True, send)
-    assert isinstance(error.value, PartlyLoaded) == bool(after)
-    given.clear()
-    tensor_lanes.send_all(tmp_path, torch.device("cpu"), "1.0", True, lambda piece, version, flush: given.append(version))
-    assert given == [None, None, None, "1.0"]
-    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-8])
-    given.clear()
-    with pytest.raises(WeightsError, match=str(tmp_path)):
-        tensor_lanes.send_all(tmp_path, torch.device("cpu"), "1.0", True, lambda piece, version, flush: given.append(version))
-    assert not given, "a file that ends early is seen before anything is sent"
 
 
 def test_an_install_that_fails_says_how_to_go_on(

@@ -24,6 +24,8 @@ def test_processes_take_what_the_configuration_says(tmp_path: Path) -> None:
         "generator": {"CPU": 2.0, "GPU": 1.0},
         "rewarder": {"CPU": 6.0},
     }
+    content["generators"] |= {"engine": "sglang", "options": {"tp": 2}}
+    assert needs(parse_config(content, "test"))["generator"] == {"CPU": 2.0, "GPU": 2.0}, "a server of two devices"
     content["ray"] = {"generator": {"GPU": 4, "H200": 1}, "rewarder": {"CPU": 0.5}}
     given = needs(parse_config(content, "test"))
     assert given["generator"] == {"CPU": 2.0, "GPU": 4.0, "H200": 1.0}

@@ -25,7 +25,7 @@ from actors.engines.conformance import check_conformance
 from actors.engines.sglang import SGLangEngine
 from actors.weights import WeightsIntake
 from protocol.canary import PROMPT_TOKENS, Canary, canary_ids
-from protocol.errors import WeightsError
+from protocol.errors import InfrastructureFault, WeightsError
 from protocol.manifest import publish
 from protocol.messages import Span, Version, WeightsReady
 from rlsys.waits import Explanation
@@ -82,6 +82,22 @@ def test_every_policy_and_lane_leaves_each_token_with_its_version(
                 np.testing.assert_allclose(sample.logprobs[start:end], expected[start:end], atol=1e-4)
                 start = end
         assert any(len(sample.spans) == 2 for sample in ended.values()), "no request was in flight over the swap"
+
+
+def test_weights_that_are_no_numbers_give_no_samples(
+    attached: Callable[..., SGLangEngine], models: list[tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """The server samples on, from nothing; that must not come out as tokens."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(models[0][1] / "model.safetensors")
+    save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    engine = attached()
+    engine.load_weights(tmp_path, Version(0))
+    engine.submit(request("r", prompt(7), (1,), max_tokens=8))
+    with pytest.raises(InfrastructureFault, match=r"broke 3 times.*no number"):
+        drain(engine)
 
 
 def test_in_place_is_offered_and_does_what_its_name_says(attached: Callable[..., SGLangEngine], models: list[tuple[Any, Path]]) -> None:
@@ -354,3 +370,59 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
 def doing(status: dict[str, Any], name: str, for_s: float = 0.0) -> str:
     """What a process has been at for at least so long."""
     return next((str(p["doing"]) for p in status.get("processes", ()) if p["name"] == name and p["for_s"] >= for_s), "")
+
+
+# ---------------------------------------------------------------------------------------------------- ends of a run
+
+NEVER_READY = """#!/bin/sh
+[ "$1" = -I ] && echo True && exit  # is asked whether it has sglang
+exec {python} -c 'import subprocess, sys, time; subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]); time.sleep(600)'
+"""
+
+
+def down(run: Run) -> None:
+    subprocess.run([sys.executable, "-P", "-m", "rlsys", "down", str(run.path)], check=True, capture_output=True, timeout=60)
+
+
+ENDS: dict[str, Callable[[Run], object]] = {
+    "ctrl-c": lambda run: os.kill(run.process.pid, signal.SIGINT),
+    "terminated": lambda run: os.kill(run.process.pid, signal.SIGTERM),
+    "down": down,
+    "a generator that gives up": lambda run: os.kill(run.pids()["generator-0"], signal.SIGKILL),
+    "supervisor killed": lambda run: os.kill(run.process.pid, signal.SIGKILL),
+    "supervisor killed, a real server samples": lambda run: os.kill(run.process.pid, signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_process_of_a_server_outlives_its_run(config: dict[str, Any], start: Callable[..., Run], tmp_path: Path, end: str) -> None:
+    """All but the last end while the server starts, with an interpreter that never gets ready: SGLang has no part in that."""
+    real = "real" in end
+    options: dict[str, Any] = {"start_s": START_S, "stream_interval": 8}
+    if not real:
+        stand_in = tmp_path / "python"
+        stand_in.write_text(NEVER_READY.format(python=sys.executable))
+        stand_in.chmod(0o755)
+        options["python"] = str(stand_in)
+    config["generators"] = {"engine": "sglang", "slots": 16, "options": options}
+    config["iterations"] = 100_000
+    config["evaluation"] = {"at_start": False, "at_end": False}
+    config["deadlines"] = {"startup_s": START_S, "stall_s": 2 * START_S, "heartbeat_s": 120.0, "shutdown_s": 8.0}
+    config["restarts"] = dict.fromkeys(("generator", "rewarder", "dispatcher", "learner", "dashboard"), 0)
+    run = start(config)
+    if real:
+        run.until(lambda status: status.get("iteration", 0) >= 1, "an iteration", START_S)
+    else:
+        run.until(lambda status: doing(status, "generator-0") == "start server", "the start of a server")
+    below: set[int] = set()
+
+    def all_there() -> bool:
+        below.update(descendants(run.pids()["generator-0"]))
+        return len(below) >= 3  # the guard and the two of the server
+
+    wait_until(all_there, "the server's processes")
+    model = run.path / "logs" / "generator-0-server" / "config.json"
+    assert model.exists(), "what a killed actor leaves lies in the run directory"
+    ENDS[end](run)
+    run.process.communicate(timeout=60)
+    wait_until(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()], "nothing of the server is left")

@@ -148,8 +148,8 @@ def read(run: Path) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What was asked for; ends with exit code 2 and a sentence for what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--lanes", nargs="+", default=["disk", "tensor", "distributed"], choices=("disk", "tensor", "distributed"))
@@ -168,6 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--keep {options.keep}: holds a run of lane {old[0]} already; name a new directory")
     if options.python is not None:
         options.python = options.python.expanduser().absolute()
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    options = parse(arguments)
     if options.device == "cuda":
         import torch
 

@@ -313,9 +313,12 @@ def _whereabouts(ring: Sequence[ProcessState]) -> dict[int, list[tuple[str, int 
     held = {(state.name, group): scoring for state in ring for group, scoring, *_ in _facts(state, "held")}
     places: dict[int, list[tuple[str, int | None, str]]] = {}
     for other in ring:
+        server = _server(other)
         for group, left, tokens, most, *_ in _facts(other, "running"):
             so_far = f"{tokens:,} of at most {most:,} tokens" if tokens else f"at most {most:,} tokens"
-            places.setdefault(group, []).append((other.name, left, f"samples {'it' if left == 1 else 'them'} ({so_far})"))
+            it = "it" if left == 1 else "them"
+            does = f"has {it} to sample, and {server[2]}" if server else f"samples {it} ({so_far})"
+            places.setdefault(group, []).append((other.name, left, does))
         for group, peer, count in _facts(other, "sent"):
             receiver = peer.partition("@")[0]
             scoring = held.get((receiver, group))

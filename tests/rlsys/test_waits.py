@@ -165,6 +165,9 @@ def test_a_server_that_starts_or_hangs_is_named_with_its_generator() -> None:
         "generator-1 has been starting its SGLang server for 42 s of at most 300 s, because of the one before: no answer from its scheduler "
         "for 20 s" in explain(starts, LIMITS, NOW).sentence
     )
+    held = {"version": -1, "running": [[12, 3, 0, 80, 0.0]], "server": ["SGLang server", "starts", 12.0, "", 300.0]}
+    [wait] = [w for w in explain(ring(generator_1={"facts": held}), LIMITS, NOW).waits if w.waiter == "learner-0" and w.on == "generator-1"]
+    assert "has them to sample, and has been starting its SGLang server for 12 s" in wait.sentence
     assert "has been waiting for its SGLang server for 42 s of at most 300 s" in explain(told("is awaited", 42.0), LIMITS, NOW).sentence
     assert blamed(told("is silent", 4.0, doing="waiting:engine")) == []
     hangs = told("is stopped", 9.0, "its scheduler process (7) is stopped", doing="waiting:engine", silent_s=0.5)

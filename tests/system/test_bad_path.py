@@ -38,7 +38,7 @@ class Versions:
 
     def look(self) -> None:
         """Often enough to see each version before newer ones replace it. Fails for one that is there under its name and not whole."""
-        for path in self._published.glob(f"**/v*/{MANIFEST}"):
+        for path in self._published.glob(f"rlsys-*/v*/{MANIFEST}"):
             with suppress(FileNotFoundError):
                 self._manifests.setdefault(path.parent.name, path.read_bytes())
         for _, directory in [found for kept in self._cache.glob("*-cache") for found in versions(kept)]:

@@ -81,8 +81,10 @@ class Watch:
     rss_bytes: dict[str, list[float]] = field(default_factory=dict)
 
     def look(self, status: dict[str, Any]) -> None:
-        """One row."""
+        """One row. Raises RuntimeError when one of them was replaced: its figures begin anew."""
         pids = {p["name"]: p["pid"] for p in status["processes"]} | {"supervisor": status["pid"]}
+        if status.get("restarts"):
+            raise RuntimeError(f"{status['restarts'][0]['how']}: no figures of a run in which processes were replaced")
         self.time_s.append(time.monotonic())
         self.iteration.append(int(status["iteration"]))
         for name in WATCHED:
@@ -185,7 +187,10 @@ def measure(
         status_when(run, process, lambda s: s["iteration"] >= first, 600)
         end = time.monotonic() + seconds
         while time.monotonic() < end and process.poll() is None:
-            watch.look(read_json(run / "status.json") or status)
+            try:
+                watch.look(read_json(run / "status.json") or status)
+            except FileNotFoundError as error:
+                raise RuntimeError(f"a watched process is gone ({error.filename}): {(run.parent / 'log').read_text()[-500:]}") from None
             time.sleep(1.0)
         status = read_json(run / "status.json") or status
         memory = statistics.fmean(private_bytes(p["pid"]) for p in status["processes"] if p["name"].startswith("generator"))
@@ -223,14 +228,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rlsys-many-") as directory:
-        figures = measure(
-            Path(directory) / "r" / "run",
-            generators=options.generators,
-            rate=options.rate,
-            tokens=options.tokens,
-            rewarders=options.rewarders,
-            seconds=options.seconds,
-        )
+        try:
+            figures = measure(
+                Path(directory) / "r" / "run",
+                generators=options.generators,
+                rate=options.rate,
+                tokens=options.tokens,
+                rewarders=options.rewarders,
+                seconds=options.seconds,
+            )
+        except RuntimeError as error:
+            print(f"no figures: {error}", file=sys.stderr)
+            return 1
     if options.json:
         print(json.dumps(figures))
         return 0

@@ -48,7 +48,12 @@ def lengths(run: Run) -> tuple[npt.NDArray[np.int64], int]:
 
 def killed(run: Run) -> tuple[npt.NDArray[np.int64], int]:
     """The same for a run whose generators are killed while it samples."""
-    run.until(lambda status: all(p["progress"] > 0 for p in status.get("processes", []) if p["name"].startswith("generator")), "samples")
+
+    def all_sample(status: dict[str, Any]) -> bool:
+        sampled = [p["progress"] > 0 for p in status.get("processes", []) if p["name"].startswith("generator")]
+        return len(sampled) == FLEET and all(sampled)
+
+    run.until(all_sample, "samples")
     result = rehearse(run, KILLS, 3, "--roles", "generator", "--pause", "1")
     assert len(result["hits"]) == KILLS
     assert run.wait(600, restarts=True) == 0, run.err

@@ -121,6 +121,6 @@ def test_the_panel_shows_rewards_and_queues(view: View, monkeypatch: pytest.Monk
 
 
 def test_a_server_that_starts_stands_in_the_line(view: View) -> None:
-    server = ["SGLang server", "starts", 23.0, ""]
+    server = ["SGLang server", "starts", 23.0, "", 900.0]
     view.status = {"processes": [{"name": "generator-0", "doing": "start server", "facts": {"server": server}}, {"name": "learner-0"}]}
-    assert summary(view).endswith("; generator-0 has been starting its SGLang server for 23 s")
+    assert summary(view).endswith("; generator-0 has been starting its SGLang server for 23 s of at most 900 s")

@@ -21,7 +21,7 @@ from tests.system.test_survival import ROLES, rehearse, sound
 pytestmark = pytest.mark.slow
 
 GROUPS, SIZE, ITERATIONS = 1280, 8, 2
-SLOTS, FLEET, KILLS = 512, 2, 14
+SLOTS, FLEET, KILLS = 512, 2, 16
 TOKENS_PER_S = 200.0
 """Of one sample: 2 s for a mean one, 20 s for the longest, beside 3 s to replace a generator."""
 
@@ -78,6 +78,6 @@ def test_lengths_are_those_of_a_run_without_faults_and_fresh_seeds_would_be_noti
 
     fresh, hit = killed(start(run_of(simulated, seed=7, engine="tests.system.engines:FreshSeeds")))
     print(f"{len(fresh)} samples, {hit} drawn afresh, p {kolmogorov_smirnov(fresh, undisturbed):.3g}")
-    assert hit >= 0.2 * len(fresh)
+    assert hit >= 0.15 * len(fresh)
     assert fresh.mean() < 0.97 * undisturbed.mean(), "long samples are hit more often, and drawn shorter the second time"
     assert kolmogorov_smirnov(fresh, undisturbed) < 0.01

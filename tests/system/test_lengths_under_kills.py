@@ -21,7 +21,7 @@ from tests.system.test_survival import ROLES, rehearse, sound
 pytestmark = pytest.mark.slow
 
 GROUPS, SIZE, ITERATIONS = 1280, 8, 2
-SLOTS, FLEET, KILLS = 512, 2, 16
+SLOTS, FLEET, KILLS = 512, 2, 14
 TOKENS_PER_S = 200.0
 """Of one sample: 2 s for a mean one, 20 s for the longest, beside 3 s to replace a generator."""
 

@@ -29,3 +29,12 @@ def write(path: Path, content: Any) -> Path:
     """As YAML."""
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def empty_run(tmp_path: Path) -> Path:
+    """The directory of a run that has a minimal configuration and nothing else yet; the configuration's files lie beside it."""
+    (tmp_path / "files").mkdir()
+    directory = tmp_path / "run"
+    directory.mkdir()
+    write(directory / "config.yaml", minimal(tmp_path / "files"))
+    return directory

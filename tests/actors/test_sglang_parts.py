@@ -297,6 +297,7 @@ def test_a_killed_guard_takes_the_first_process_with_it(tmp_path: Path) -> None:
     guarded.process.kill()
     guarded.process.wait(20)
     wait_until(lambda: gone(pids[:1]), "the kernel ends the server")
+    assert gone(pids[:1]) and not gone(pids[1:])
     os.kill(pids[1], signal.SIGKILL)  # SGLang's children ask the kernel for the same; this one does not
     os.close(guarded.pipe)
 

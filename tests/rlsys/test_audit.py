@@ -17,7 +17,7 @@ from protocol.journal import Damage, Journal
 from protocol.ledger import Checkpoint, Issue, Ledger
 from rlsys.audit import audit_run, journal_faults
 from rlsys.cli import main
-from tests.configuration import minimal, write
+from tests.configuration import empty_run
 from tests.learner.test_commits import RUN, outcome
 from tests.learner.trajectories import trajectory
 
@@ -34,10 +34,7 @@ def commit(number: int, end: tuple[int, int], first: int = 0) -> Checkpoint:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of three iterations of two groups (a trained and a filtered one), one journal segment and one commit for each."""
-    (tmp_path / "files").mkdir()
-    directory = tmp_path / "run"
-    directory.mkdir()
-    write(directory / "config.yaml", minimal(tmp_path / "files"))
+    directory = empty_run(tmp_path)
     ledger = Ledger(directory / "ledger.sqlite")
     ledger.put("run_id", f"{RUN:x}")
     for iteration in range(ITERATIONS):

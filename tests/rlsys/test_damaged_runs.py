@@ -16,7 +16,7 @@ from protocol.journal import Journal, Record, read_records
 from protocol.ledger import Ledger
 from rlsys.audit import read_books
 from rlsys.cli import main
-from tests.configuration import minimal, write
+from tests.configuration import empty_run
 from tests.disks import read_only
 from tests.learner.test_commits import outcome
 
@@ -24,10 +24,7 @@ from tests.learner.test_commits import outcome
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with a ledger of many pages."""
-    (tmp_path / "files").mkdir()
-    directory = tmp_path / "run"
-    directory.mkdir()
-    write(directory / "config.yaml", minimal(tmp_path / "files"))
+    directory = empty_run(tmp_path)
     ledger = Ledger(directory / "ledger.sqlite")
     ledger.put("run_id", "5")
     ledger.next_start("learner", 0, 1)

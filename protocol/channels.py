@@ -361,7 +361,7 @@ class Endpoint(_Socket):
             if frames is None:
                 return
             peer = "" if self.spec.one_way else frames.pop(0).decode("utf-8", "replace")
-            role = peer.partition("@")[0].rpartition("-")[0]
+            role = _role(peer)
             if not self.spec.one_way and role not in self.spec.connectors:  # before its message costs anything
                 self._refuse(f"a message from {peer[:80]!r}: {role[:40] or 'nobody'} has no business on channel {self.channel}")
                 message = None
@@ -376,7 +376,7 @@ class Endpoint(_Socket):
     def _fault(self, message: m.Message, peer: str) -> str:
         """Why this peer may not say that here: it is of another epoch, or lies about its name."""
         if isinstance(message, m.Hello):
-            if (message.role, message.identity) != (peer.partition("@")[0].rpartition("-")[0], peer):
+            if (message.role, message.identity) != (_role(peer), peer):
                 return f"it says that it is {message.role} {message.identity}"
             if self._epoch and message.epoch != self._epoch:
                 return f"it is of epoch {message.epoch}, this is epoch {self._epoch}"
@@ -480,6 +480,11 @@ class Waker:
         with self._lock:
             os.close(self.fd)
             self.fd = -1
+
+
+def _role(identity: str) -> str:
+    """ "generator-0@1" -> "generator"."""
+    return identity.partition("@")[0].rpartition("-")[0]
 
 
 class Poller:

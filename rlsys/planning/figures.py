@@ -65,6 +65,9 @@ class Figures(Settings):
     reward: RewardFigureSettings = Field(default_factory=RewardFigureSettings, description="the scoring fleet")
     switch_s: Seconds = Field(0.0, description="to turn all devices from sampling to training, or back (colocated schedules)")
     cores: Positive | None = Field(None, description="all parts share so many CPU cores; not given, every device is its own")
+    ring_s: Seconds = Field(
+        0.0, description="CPU-seconds of a sample for messages, journal, batching and bookkeeping; counts where parts share cores"
+    )
     dispatch_s: Seconds = Field(0.0, description="of one iteration for everything between the parts: messages, batching, journal")
 
     @property

@@ -10,6 +10,8 @@ a split, N devices that change between the roles for nothing could at best share
 
     fluid limit = (sampling work + training work) / N
 
+Where all parts share C cores, both are at least (all work, scoring and passing samples on included) / C.
+
 A static split in whole devices cannot reach the fluid limit unless the works divide evenly (`best_split_share`).
 """
 
@@ -45,10 +47,11 @@ class Limit:
     training: float
     scoring: float
     latency: float
+    cores: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return max(self.sampling, self.training, self.scoring, self.latency)
+        return max(self.sampling, self.training, self.scoring, self.latency, self.cores)
 
     @property
     def bound(self) -> str:
@@ -137,12 +140,22 @@ def schedule_limit(figures: Figures, load: Load, split: Split, max_staleness: in
         training=trained,
         scoring=figures.samples * reward.seconds / reward.sandboxes,
         latency=(batch_latency_s(figures, load, split.generators) + reward.seconds + trained / parts) / (max_staleness + 1),
+        cores=_cores_s(figures, load),
     )
+
+
+def _cores_s(figures: Figures, load: Load) -> float:
+    """All work of one iteration on the cores that the parts share; 0 where every device is its own."""
+    if figures.cores is None:
+        return 0.0
+    others = figures.samples * (figures.reward.seconds + figures.ring_s)
+    return (sampling_work_s(figures, load) + training_work_s(figures, load) + others) / figures.cores
 
 
 def fluid_limit_s(figures: Figures, load: Load) -> float:
     """Seconds per iteration if all devices shared all work evenly and changing roles cost nothing."""
-    return (sampling_work_s(figures, load) + training_work_s(figures, load)) / figures.devices
+    work = sampling_work_s(figures, load) + training_work_s(figures, load)
+    return max(work / figures.devices, _cores_s(figures, load))
 
 
 def colocated_limit_s(figures: Figures, load: Load) -> float:

@@ -1,10 +1,11 @@
-"""Figures of this machine, taken in one process with the configured engine, learner and reward, in well under two minutes.
+"""Figures of this machine, taken with the configured engine, learner and reward, in less than two minutes.
 
     problems --> engine (steps timed by how many samples run) --> reward (timed alone) --> learner's step (timed at two sizes) --> figures
+    all processes, in which these three only wait (CPU time; where parts share cores) ------------------------------------------^
 
 Sampling: least squares of the seconds of a step on (1, running samples, prompt tokens prefilled). Training: two batches, of all samples and of
-half of them, give the part that grows with tokens and the part that does not. Rewards are timed one at a time. What the processes need between
-these parts is a constant, measured on runs of the ring (docs/figures.md).
+half of them, give the part that grows with tokens and the part that does not. Rewards are timed one at a time. The three are taken in turn in
+several rounds, for the speed of a core that others share changes from one moment to the next.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from actors.dataset import read_problems
+from actors.dataset import Problem, read_problems
 from actors.dispatcher import sample_seed
 from actors.engines import ENGINES, Engine, EngineOptions, Sampled, SampleRequest, Sampling
 from actors.rewards import REWARDS, Reward, Sample
@@ -32,15 +33,19 @@ from protocol.registry import resolve
 from rlsys.config import RunConfig
 from rlsys.planning.company import company
 from rlsys.planning.figures import Figures
+from rlsys.planning.limits import Split
+from rlsys.planning.ring import ring_cpu_s
+from rlsys.planning.simulate import simulate
 
 SAMPLING_S = 25.0
-"""Time for sampling, after which what still runs is aborted."""
+"""Time for sampling in one round, after which what still runs is aborted."""
 REWARDS_S = 20.0
-"""Time for rewards."""
+"""Time for rewards, in one round."""
 DISCARD = 4
 """Rewards that are scored before the clock starts, because the first ones start processes."""
-RING_S = 0.0015
-"""CPU-seconds of a sample for messages, journal, batching and bookkeeping in all processes together, on the machine of docs/figures.md."""
+ROUNDS = 4
+ROUNDS_S = 60.0
+"""No round begins that would end later than this after the first began, as far as the rounds before tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,15 @@ class SamplingRates:
     fixed_s: float
     each_s: float
     prompt_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRates:
+    """Seconds per token, fixed seconds of a step, seconds to publish."""
+
+    token_s: float
+    fixed_s: float
+    publish_s: float
 
 
 def _clock(on_cpu: bool) -> Callable[[], float]:
@@ -106,39 +120,88 @@ def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
         raise ConfigError("--measure: a simulated run states its figures itself; leave --measure out")
     started = time.monotonic()
     on_cpu = config.generators.device == "cpu" and config.learner.device != "cuda"
-    others = config.generators.count * config.generators.threads + config.learner.ranks * config.learner.threads - 1 if on_cpu else 0
-    with company(min(others, (os.cpu_count() or 1) - 1)) as neighbours:
-        rates, drawn, update_s = _measure_sampling(config)
+    with company(_others(config) if on_cpu else 0) as neighbours:
+        found = _rounds(config, neighbours, lambda text: say(f"{time.monotonic() - started:5.1f} s  {text}"), on_cpu=on_cpu)
+        figures = _figures(config, found, on_cpu=on_cpu)
+        if not on_cpu:
+            return figures
+        split = Split(generators=config.generators.count, trainers=config.learner.ranks)
+        expected = simulate(figures, split, config.schedule, iterations=8 * (config.schedule.bound + 1)).s_per_iteration
+        say(f"{time.monotonic() - started:5.1f} s  running all processes, with parts that only wait")
+        ring_s = ring_cpu_s(config, figures, expected)
+    say(f"{time.monotonic() - started:5.1f} s  passed a sample through all processes for {1e3 * ring_s:.1f} ms of CPU time")
+    return figures.model_copy(update={"ring_s": ring_s})
+
+
+def _others(config: RunConfig) -> int:
+    """Threads that are busy in a run besides the one that is measured, at most all cores."""
+    generators, rewarders, learner = config.generators, config.rewarders, config.learner
+    busy = generators.count * generators.threads + rewarders.count * rewarders.concurrency + learner.ranks * learner.threads
+    return min(busy - 1, os.cpu_count() or 1)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the rounds found: steps and completions of all of them, one entry for each round of the rest."""
+
+    steps: list[tuple[float, int, int]] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    trained_share: list[float] = field(default_factory=list)
+    update_s: list[float] = field(default_factory=list)
+    reward_s: list[float] = field(default_factory=list)
+    training: list[TrainingRates] = field(default_factory=list)
+
+
+def _rounds(config: RunConfig, neighbours: frozenset[int], say: Callable[[str], None], *, on_cpu: bool) -> _Found:
+    """Every part in turn, on other problems each time, while there is time."""
+    found, begun, problems = _Found(), time.monotonic(), read_problems(config.data.train)
+    for number in range(ROUNDS):
+        if number and (time.monotonic() - begun) * (number + 1) / number > ROUNDS_S:
+            break
+        steps, drawn, update_s = _measure_sampling(config, problems, number)
         tokens = sum(len(d.sampled.token_ids) for d in drawn)
-        say(f"{time.monotonic() - started:5.1f} s  sampled {len(drawn)} completions of {tokens / len(drawn):.0f} tokens on average")
+        say(f"sampled {len(drawn)} completions of {tokens / len(drawn):.0f} tokens on average")
         scores, reward_s = _measure_rewards(config, drawn, neighbours, on_cpu=on_cpu)
-        say(f"{time.monotonic() - started:5.1f} s  scored {len(scores)} of them in {1e3 * reward_s:.1f} ms each")
-        trained_share = _trained_share(config, drawn, scores)
-        per_token_s, fixed_s, publish_s = _measure_training(config, drawn)
-    say(
-        f"{time.monotonic() - started:5.1f} s  trained at {1 / per_token_s:,.0f} tokens/s; {trained_share:.0%} of the tokens have an advantage"
-    )
-    lengths = sorted(len(d.sampled.token_ids) for d in drawn)
-    prompts = [len(d.prompt_ids) for d in drawn]
+        say(f"scored {len(scores)} of them in {1e3 * reward_s:.1f} ms each")
+        rates = _measure_training(config, drawn)
+        share = _trained_share(config, drawn, scores)
+        say(f"trained at {1 / rates.token_s:,.0f} tokens/s; {share:.0%} of the tokens have an advantage")
+        found.steps += steps
+        found.drawn += drawn
+        found.update_s.append(update_s)
+        found.trained_share.append(share)
+        found.reward_s.append(reward_s)
+        found.training.append(rates)
+    return found
+
+
+def _figures(config: RunConfig, found: _Found, *, on_cpu: bool) -> Figures:
+    """Means over the rounds."""
+    rates = fit_steps(found.steps)
     return Figures.model_validate(
         {
             "name": config.name,
             "devices": config.generators.count + config.learner.ranks,
             "groups_per_iteration": config.sampling.groups_per_iteration,
             "group_size": config.sampling.group_size,
-            "prompt_tokens": float(np.mean(prompts)),
-            "lengths": {"values": lengths},
+            "prompt_tokens": float(np.mean([len(d.prompt_ids) for d in found.drawn])),
+            "lengths": {"values": sorted(len(d.sampled.token_ids) for d in found.drawn)},
             "sampling": {
                 "tokens_per_s_sample": 1 / (rates.fixed_s + rates.each_s),
                 "tokens_per_s": 1 / rates.each_s,
                 "additive": True,
                 "slots": config.generators.slots,
                 "prefill_tokens_per_s": 1 / rates.prompt_s if rates.prompt_s > 0 else None,
-                "update_s": update_s,
+                "update_s": statistics.mean(found.update_s),
             },
-            "training": {"tokens_per_s": 1 / per_token_s, "fixed_s": fixed_s, "publish_s": publish_s, "trained_share": trained_share},
+            "training": {
+                "tokens_per_s": 1 / statistics.mean(r.token_s for r in found.training),
+                "fixed_s": statistics.mean(r.fixed_s for r in found.training),
+                "publish_s": statistics.mean(r.publish_s for r in found.training),
+                "trained_share": statistics.mean(found.trained_share),
+            },
             "reward": {
-                "seconds": reward_s + (RING_S if on_cpu else 0.0),
+                "seconds": statistics.mean(found.reward_s),
                 "sandboxes": config.rewarders.count * config.rewarders.concurrency,
             },
             "cores": os.cpu_count() if on_cpu else None,
@@ -146,10 +209,13 @@ def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
     )
 
 
-def _measure_sampling(config: RunConfig) -> tuple[SamplingRates, list[Drawn], float]:
+def _measure_sampling(
+    config: RunConfig, problems: Sequence[Problem], number: int
+) -> tuple[list[tuple[float, int, int]], list[Drawn], float]:
+    """Steps as `fit_steps` takes them, completions, and the seconds of a weight update; of the problems that round `number` has."""
     settings, sampling = config.generators, config.sampling
     clock = _clock(settings.device == "cpu")
-    text, problems = Text(config.model.path), read_problems(config.data.train)
+    text = Text(config.model.path)
     context = config.model.max_context or 1 << 20
     engine: Engine = resolve(settings.engine, ENGINES, "engine")(
         EngineOptions(
@@ -173,7 +239,7 @@ def _measure_sampling(config: RunConfig) -> tuple[SamplingRates, list[Drawn], fl
             stop_token_ids=tuple(stops),
         )
         groups = max(3, -(-3 * settings.slots // sampling.group_size))
-        chosen = problems[:groups] if len(problems) >= groups else (problems * groups)[:groups]
+        chosen = [problems[(number * groups + i) % len(problems)] for i in range(groups)]
         prompts = text.encode_prompts([p.prompt for p in chosen], config.data.prompt_template, config.data.chat)
         payloads = [msgpack.unpackb(p.payload) for p in chosen]
         steps: list[tuple[float, int, int]] = []
@@ -184,7 +250,7 @@ def _measure_sampling(config: RunConfig) -> tuple[SamplingRates, list[Drawn], fl
             load = engine.load
             while waiting and load.running + load.waiting < load.capacity:
                 i = waiting.pop(0)
-                seeds = tuple(sample_seed(config.seed, i, k) for k in range(sampling.group_size))
+                seeds = tuple(sample_seed(config.seed, number * groups + i, k) for k in range(sampling.group_size))
                 engine.submit(SampleRequest(request_id=str(i), prompt_ids=prompts[i], seeds=seeds, sampling=draw))
                 load = engine.load
             begun = clock()
@@ -207,7 +273,7 @@ def _measure_sampling(config: RunConfig) -> tuple[SamplingRates, list[Drawn], fl
         engine.close()
     if not drawn:
         raise ConfigError(f"--measure: no completion ended within {SAMPLING_S:g} s; give figures with --figures")
-    return fit_steps([step for step in steps if step[1]]), drawn, update_s
+    return [step for step in steps if step[1]], drawn, update_s
 
 
 def _measure_rewards(
@@ -255,8 +321,8 @@ def _trained_share(config: RunConfig, drawn: list[Drawn], scores: list[float | N
     return min(1.0, max(0.01, kept / max(1, total)))
 
 
-def _measure_training(config: RunConfig, drawn: list[Drawn]) -> tuple[float, float, float]:
-    """Seconds per token, fixed seconds of a step, seconds to publish."""
+def _measure_training(config: RunConfig, drawn: list[Drawn]) -> TrainingRates:
+    """A step on all of a batch and on half of it; publishing once."""
     from learner.packing import TrainSample
     from learner.parallel import SingleProcess
     from learner.publisher import Publisher
@@ -298,4 +364,4 @@ def _measure_training(config: RunConfig, drawn: list[Drawn]) -> tuple[float, flo
         begun = time.perf_counter()
         publisher.publish(Version(0), step.published_tensors(publisher.dtype))
         publish_s = time.perf_counter() - begun
-    return per_token, max(0.0, long - per_token * many), publish_s
+    return TrainingRates(token_s=per_token, fixed_s=max(0.0, long - per_token * many), publish_s=publish_s)

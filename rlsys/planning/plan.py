@@ -201,7 +201,7 @@ def advice(plan: Plan) -> list[str]:
 
 def without_intervals(prediction: Prediction) -> Prediction:
     """The same without what only a picture needs."""
-    return replace(prediction, outcome=replace(prediction.outcome, generators=[], learner=[], scoring=[]))
+    return replace(prediction, outcome=replace(prediction.outcome, generators=[], learner=[], busy=[]))
 
 
 def table(predictions: Sequence[Prediction]) -> list[str]:

@@ -39,8 +39,8 @@ class Outcome:
     """What each generator device did: (start, end, "sampling" | "update")."""
     learner: list[Interval]
     """(start, end, "train" | "publish" | "waiting:samples" | "waiting:rewards")."""
-    scoring: list[Interval]
-    """(start, end, "scoring") of every sample that takes time to score."""
+    busy: list[Interval]
+    """(start, end, "scoring" | "passing on") of every sample: what cores do besides sampling and training."""
     tokens: float
     staleness_max: int
     dropped: int
@@ -89,7 +89,7 @@ def share_cores(outcome: Outcome, cores: int) -> Outcome:
 
     One factor holds for all at a time, so the order of events stays and only the clock is stretched.
     """
-    busy = [interval for device in outcome.generators for interval in device] + outcome.scoring
+    busy = [interval for device in outcome.generators for interval in device] + outcome.busy
     busy += [interval for interval in outcome.learner if interval[2] in ("train", "publish")]
     edges = sorted([(a, 1) for a, b, _ in busy if b > a] + [(b, -1) for a, b, _ in busy if b > a])
     stops, stretched = [0.0], [0.0]
@@ -115,7 +115,7 @@ def share_cores(outcome: Outcome, cores: int) -> Outcome:
         published=[real(time) for time in outcome.published],
         generators=[moved(device) for device in outcome.generators],
         learner=moved(outcome.learner),
-        scoring=moved(outcome.scoring),
+        busy=moved(outcome.busy),
     )
 
 
@@ -210,7 +210,7 @@ class Simulation:
         self._learner_free_s = 0.0
         self._learner: list[Interval] = []
         self._published: list[float] = []
-        self._scoring: list[Interval] = []
+        self._busy: list[Interval] = []
         self._tokens = 0.0
         self._batch_tokens = [0.0] * iterations
         self._staleness_max = 0
@@ -244,7 +244,7 @@ class Simulation:
             max_staleness=self._schedule.bound,
             generators=[generator.intervals for generator in self._generators],
             learner=self._learner,
-            scoring=self._scoring,
+            busy=self._busy,
             tokens=self._tokens,
             staleness_max=self._staleness_max,
             dropped=len(self._given_up),
@@ -323,8 +323,9 @@ class Simulation:
         if seconds:
             done = max(at, self._sandboxes[0]) + seconds
             heapq.heapreplace(self._sandboxes, done)
-            if self._figures.cores is not None:
-                self._scoring.append((done - seconds, done, "scoring"))
+            self._busy.append((done - seconds, done, "scoring"))
+        if self._figures.ring_s:
+            self._busy.append((done, done + self._figures.ring_s, "passing on"))
         group = self._groups[group_id]
         group.left -= 1
         if not group.left:
@@ -455,4 +456,5 @@ def simulate_colocated(figures: Figures, *, iterations: int, seed: int = 0, devi
     """The synchronous schedule on shared devices: all sample, rewards beside it, all train; they change roles twice an iteration."""
     count = devices or figures.devices
     split, schedule = Split(generators=count, trainers=count), ScheduleSettings(name="synchronous")
-    return Simulation(figures, split, schedule, iterations=iterations, seed=seed, extra_step_s=2 * figures.switch_s).run()
+    outcome = Simulation(figures, split, schedule, iterations=iterations, seed=seed, extra_step_s=2 * figures.switch_s).run()
+    return outcome if figures.cores is None else share_cores(outcome, figures.cores)

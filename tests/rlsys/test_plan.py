@@ -161,6 +161,7 @@ def test_figures_are_measured_on_this_machine(tmp_path: Path, capsys: pytest.Cap
     assert taken["devices"] == 2 and taken["groups_per_iteration"] == 3
     assert taken["sampling"]["tokens_per_s"] > taken["sampling"]["tokens_per_s_sample"] > 1
     assert taken["training"]["tokens_per_s"] > 1
+    assert 1e-5 < taken["ring_s"] < 10
     assert found["configured"]["s_per_iteration"] > 0
     assert main(["plan", str(path), "--figures", str(saved)]) == 0, "saved figures can be used again"
 

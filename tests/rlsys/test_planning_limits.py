@@ -55,6 +55,15 @@ def test_a_larger_bound_hides_latency_until_a_fleet_is_the_limit() -> None:
     assert found[0].scoring == 30  # 1,000 samples x 30 s in 1,000 sandboxes
 
 
+def test_shared_cores_are_a_limit_of_their_own() -> None:
+    """100 s of sampling, 50 s of training, 1,000 samples scored for 0.2 s and passed on for 0.05 s: 400 s of work."""
+    one = figures(cores=2, ring_s=0.05, reward={"seconds": 0.2, "sandboxes": 1000})
+    limit = schedule_limit(one, LOAD, Split(generators=3, trainers=1), 1)
+    assert limit.cores == pytest.approx(200) and limit.bound == "cores"
+    assert fluid_limit_s(one, LOAD) == pytest.approx(200)
+    assert fluid_limit_s(figures(), LOAD) == pytest.approx(150 / 4)
+
+
 def test_a_batch_takes_at_least_its_work_on_all_generators() -> None:
     limit = schedule_limit(figures(), Load(tokens=100_000, longest=100), Split(generators=1, trainers=3), 0)
     assert limit.latency == pytest.approx(100 + 50 / 3)

@@ -93,6 +93,21 @@ def test_parts_that_share_cores_slow_each_other_down() -> None:
     assert together.learner_shares()["train"] == pytest.approx(1.0)
 
 
+def test_rewards_and_what_passes_samples_on_need_cores_too() -> None:
+    """On one core everything happens in turn: 2 generators for 10 s, 40 samples scored for 0.5 s and passed on for 0.25 s, 10 s of training."""
+    one = figures(cores=1, ring_s=0.25, reward={"seconds": 0.5, "sandboxes": 40})
+    out = simulate(one, Split(generators=2, trainers=1), ONE_OFF, iterations=8)
+    assert out.s_per_iteration == pytest.approx(2 * 10 + 40 * 0.75 + 10)
+    assert simulate(one, Split(generators=2, trainers=1), SYNCHRONOUS, iterations=8).s_per_iteration == pytest.approx(60)
+    colocated = simulate_colocated(figures(cores=2, devices=4, ring_s=0.25), iterations=8)
+    assert colocated.s_per_iteration == pytest.approx((4 * 10 + 40 * 0.25 + 4 * 2.5) / 2, rel=0.15)
+
+
+def test_what_passes_samples_on_costs_nothing_where_devices_are_their_own() -> None:
+    out = simulate(figures(ring_s=5), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4)
+    assert out.s_per_iteration == pytest.approx(20)
+
+
 def test_the_steady_part_lies_inside_the_run() -> None:
     for iterations in range(1, 12):
         for staleness in range(4):

@@ -46,6 +46,8 @@ class StageClock:
     def __init__(self, rules: Sequence[StageRule], *, iterations: int, max_staleness: int) -> None:
         self._rules, self._iterations, self._max_staleness = list(rules), iterations, max_staleness
         self._numbers: dict[int, _Numbers] = {}
+        """Of as many iterations as a condition may ask for."""
+        self._kept = max(rule.over for rule in rules)
         self._closed = -1
         self.starts = [0]
         self._decide()
@@ -58,6 +60,7 @@ class StageClock:
         samples = sum(o.num_samples for o in scored)
         scores = sum((o.mean_score or 0.0) * o.num_samples for o in scored)
         self._numbers[iteration] = _Numbers(scores, samples, sum(o.num_truncated for o in scored))
+        self._numbers.pop(iteration - self._kept, None)
         self._closed = iteration
         self._decide()
 
@@ -85,7 +88,7 @@ class StageClock:
             self.starts.append(border)
 
     def _condition(self, rule: StageRule, start: int) -> bool:
-        last = [self._numbers[k] for k in range(self._closed - rule.over + 1, self._closed + 1) if k >= start]
+        last = [self._numbers[k] for k in range(max(start, self._closed - rule.over + 1), self._closed + 1)]
         samples = sum(n.samples for n in last)
         if not rule.conditional or len(last) < rule.over or not samples:
             return False

@@ -1,11 +1,11 @@
-"""Many generators on one dispatcher and one learner: `python -m benchmarks.many_generators [--generators 200 --rate 500 --seconds 180]`.
+"""Many generators on one dispatcher and one learner: `python -m benchmarks.many_generators [--generators 200 --rate 500 --seconds 480]`.
 
 Every generator is a process of its own, the production one with the simulated engine: its own sockets, identity, heartbeats and weights. Engines
 are set to sample --rate samples a second in all, and everybody else is faster than that. Once all generators work, over --seconds:
 
     samples/s    completed iterations, in samples
     dispatcher   its share of a core (all of its threads, from the kernel), and processor time of each sample
-    memory       of dispatcher and learner, each second; the mean of the first third of the time against that of the last
+    memory       of dispatcher and learner, each second; the mean of each sixth of the time: buffers and caches fill in the first minutes
 
 Then the run is ended and audited. Processor shares hold on a busy machine as well, as long as the rate is reached; where it is not, the share at
 the goal is estimated from the time of each sample, which counts what does not depend on samples too often.
@@ -99,11 +99,10 @@ class Watch:
         """Of a core, over all of the time."""
         return (self.cpu_s[name][-1] - self.cpu_s[name][0]) / self.seconds
 
-    def thirds(self, name: str) -> tuple[float, float]:
-        """Mean memory of the first and of the last third, in bytes."""
-        rows = self.rss_bytes[name]
-        third = max(1, len(rows) // 3)
-        return statistics.fmean(rows[:third]), statistics.fmean(rows[-third:])
+    def sixths(self, name: str) -> list[float]:
+        """Mean memory of each sixth of the time, in bytes."""
+        rows, parts = self.rss_bytes[name], min(6, len(self.rss_bytes[name]))
+        return [statistics.fmean(rows[len(rows) * i // parts : len(rows) * (i + 1) // parts]) for i in range(parts)]
 
 
 def cpu_s(pid: int) -> float:
@@ -173,7 +172,7 @@ def measure(
     rate: float = GOAL_RATE,
     tokens: int = 128,
     rewarders: int = 4,
-    seconds: float = 180.0,
+    seconds: float = 480.0,
     start_s: float = 1800.0,
 ) -> dict[str, Any]:
     """Figures of one run, which is ended and audited."""
@@ -209,7 +208,7 @@ def measure(
         "dispatcher_share_at_goal": dispatcher_us * GOAL_RATE / 1e6,
         "goal_share": GOAL_SHARE,
         "shares": {name: watch.share(name) for name in WATCHED},
-        "memory_bytes": {name: watch.thirds(name) for name in WATCHED},
+        "memory_bytes": {name: watch.sixths(name) for name in WATCHED},
         "memory_rows": watch.rss_bytes,
         "generator_private_bytes": memory,
         "load": load,
@@ -224,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=1.1 * GOAL_RATE, help="samples a second that all engines together are set to")
     parser.add_argument("--tokens", type=int, default=128, help="of a sample, on average")
     parser.add_argument("--rewarders", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rlsys-many-") as directory:
@@ -253,8 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print("others     " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != "dispatcher-0"))
     for name in ("dispatcher-0", "learner-0"):
-        before, after = figures["memory_bytes"][name]
-        print(f"memory     {name} {before / 1e6:.1f} MB in the first third, {after / 1e6:.1f} MB in the last ({after / before - 1:+.1%})")
+        means = figures["memory_bytes"][name]
+        print(
+            f"memory     {name} {', '.join(f'{mean / 1e6:.1f}' for mean in means)} MB, sixth by sixth; the last {means[-1] / means[-2] - 1:+.1%}"
+        )
     print(
         f"audit      {audit['lost']} lost, {audit['doubled']} doubled, {audit['too_stale']} too stale in {audit['iterations']} iterations"
     )

@@ -514,7 +514,7 @@ class Poller:
             self._poller.unregister(end.socket)
             timeout_s = min(timeout_s, end.away_until_s - now_s)
         try:
-            if away and not self._poller.sockets:  # a poll of nothing returns at once
+            if not self._poller.sockets:  # a poll of nothing returns at once
                 time.sleep(max(0.0, timeout_s))
                 return False
             return bool(self._poller.poll(max(0, math.ceil(timeout_s * 1000))))

@@ -321,3 +321,10 @@ def test_a_connection_that_breaks_is_noticed_and_a_new_link_of_that_name_is_hear
         relay.close()
         theirs.close()
         ours.close()
+
+
+def test_a_poll_of_nothing_waits_and_uses_no_processor_time() -> None:
+    poller, began, used = Poller(), time.monotonic(), time.thread_time()
+    assert not poller.wait(0.3)
+    assert time.monotonic() - began >= 0.3
+    assert time.thread_time() - used < 0.1

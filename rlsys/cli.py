@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from protocol.errors import ConfigError, UserError
 from rlsys import __version__
@@ -19,6 +20,8 @@ DESCRIPTION = """Asynchronous reinforcement learning for language models on task
   rlsys up configs/quickstart.yaml        train, with live progress
   rlsys status RUN                        how a run is doing
 """
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 OF_A_PATH = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
@@ -31,7 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlsys", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"rlsys {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_starting, _fleets, _looking, _trusting, _models, _machines):
+        add(commands)
+    return parser
 
+
+def _starting(commands: Commands) -> None:
+    """Begin a run, look at what would begin, end one."""
     up = _command(commands, "up", _up, "start every process of a run and show live progress until it ends")
     _config_arguments(up, optional=True)
     up.add_argument(
@@ -54,10 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key")
     check.add_argument("--json", action="store_true", help="print the resolved configurations as JSON")
 
-    status = _command(commands, "status", _status, "how a run is doing: processes, iteration, reward, who waits for whom")
-    status.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    status.add_argument("--json", action="store_true", help="for machines")
+    down = _command(commands, "down", _down, "end a run in order; no process is left")
+    down.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    down.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
 
+
+def _fleets(commands: Commands) -> None:
+    """Change the fleets of a live run."""
     scale = _command(
         commands, "scale", _scale, "change how many processes a fleet of a live run has; those who leave finish what they have"
     )
@@ -99,6 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     join.add_argument("--dir", type=Path, metavar="DIR", help="keep logs and configuration here (default: a temporary directory)")
 
+
+def _looking(commands: Commands) -> None:
+    """See what a run does and did."""
+    status = _command(commands, "status", _status, "how a run is doing: processes, iteration, reward, who waits for whom")
+    status.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    status.add_argument("--json", action="store_true", help="for machines")
+
     top = _command(commands, "top", _top, "the live screen of a run: fleets, queues, rates, staleness, reward, events")
     top.add_argument("run", type=Path, metavar="RUN", help="run directory")
     top.add_argument("--once", action="store_true", help="print it a single time (the default when the output is no terminal)")
@@ -107,11 +126,40 @@ def build_parser() -> argparse.ArgumentParser:
     why.add_argument("run", type=Path, metavar="RUN", help="run directory")
     why.add_argument("--json", action="store_true", help="for machines")
 
+    logs = _command(commands, "logs", _logs, "print the logs of a run")
+    logs.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    logs.add_argument("role", nargs="?", metavar="ROLE", help="a role or a process, such as learner or generator-1 (default: all)")
+    logs.add_argument("-n", "--lines", type=_count, default=40, help="lines from the end of each log (default 40)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
+    logs.add_argument("--merge", action="store_true", help="one view of all processes by time; the next four options imply it")
+    logs.add_argument("--since", metavar="TIME", help="only what is newer, such as 90s, 5m, 2h or 1d")
+    logs.add_argument("--level", choices=("debug", "info", "warning", "error", "critical"), help="only what is as grave")
+    logs.add_argument("--json", action="store_true", help="JSON lines with run, process, iteration and group")
+
+    samples = _command(commands, "samples", _samples, "read what the policy wrote, by iteration, reward, verdict, length or problem")
+    samples.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    samples.add_argument("--iteration", metavar="K[:L]", help="one iteration, or from K to L")
+    samples.add_argument("--reward-min", type=float, metavar="X", help="score of at least X")
+    samples.add_argument("--reward-max", type=float, metavar="X", help="score of at most X")
+    samples.add_argument("--verdict", action="append", default=[], metavar="NAME", help="such as accepted or time_limit; repeatable")
+    samples.add_argument("--length", metavar="N[:M]", help="completions of N to M tokens")
+    samples.add_argument("--problem", default="", metavar="TEXT", help="part of the problem's id")
+    samples.add_argument("--purpose", choices=("train", "eval"), default="", help="training or held-out samples alone")
+    samples.add_argument(
+        "--sort", choices=("reward", "length", "time"), default="", help="show the first by this (default: the newest, oldest first)"
+    )
+    samples.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
+    samples.add_argument("-n", "--limit", type=_count, default=10, metavar="N", help="how many (default 10; 0 for all)")
+    samples.add_argument("--json", action="store_true", help="JSON lines")
+
     timeline = _command(commands, "timeline", _timeline, "one trace and one self-contained HTML report of a run, also while it is on")
     timeline.add_argument("run", type=Path, metavar="RUN", help="run directory")
     timeline.add_argument("--out", type=Path, metavar="DIR", help="where trace.json and report.html go (default: the run directory)")
     timeline.add_argument("--json", action="store_true", help="print where they are, and the seconds of each process, as one JSON object")
 
+
+def _trusting(commands: Commands) -> None:
+    """Prove that nothing was lost, and that it would not be."""
     audit = _command(
         commands, "audit", _audit, "whether a run, live or finished, lost anything, did anything twice or trained on what was too stale"
     )
@@ -149,37 +197,31 @@ def build_parser() -> argparse.ArgumentParser:
     chaos.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest wait for a recovery (default 120)")
     chaos.add_argument("--json", action="store_true", help="print what was done as one JSON object")
 
-    down = _command(commands, "down", _down, "end a run in order; no process is left")
-    down.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    down.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
 
-    logs = _command(commands, "logs", _logs, "print the logs of a run")
-    logs.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    logs.add_argument("role", nargs="?", metavar="ROLE", help="a role or a process, such as learner or generator-1 (default: all)")
-    logs.add_argument("-n", "--lines", type=_count, default=40, help="lines from the end of each log (default 40)")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is written")
+def _models(commands: Commands) -> None:
+    """Models before and after a run."""
+    sft = _command(commands, "sft", _sft, "fine-tune a model on prompts with completions, or on chats, with the learner's own step")
+    _config_arguments(sft)
+    sft.add_argument("--out", type=Path, metavar="DIR", help="where the model and its curves go (default: runs/NAME-TIME)")
+    sft.add_argument("--check", action="store_true", help="read configuration and data, say what would be trained, and end")
+    sft.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    sft.add_argument("--plain", action="store_true", help="plain lines instead of a bar (the default when the output is no terminal)")
+    sft.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
 
-    logs.add_argument("--merge", action="store_true", help="one view of all processes by time; the next four options imply it")
-    logs.add_argument("--since", metavar="TIME", help="only what is newer, such as 90s, 5m, 2h or 1d")
-    logs.add_argument("--level", choices=("debug", "info", "warning", "error", "critical"), help="only what is as grave")
-    logs.add_argument("--json", action="store_true", help="JSON lines with run, process, iteration and group")
-
-    samples = _command(commands, "samples", _samples, "read what the policy wrote, by iteration, reward, verdict, length or problem")
-    samples.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    samples.add_argument("--iteration", metavar="K[:L]", help="one iteration, or from K to L")
-    samples.add_argument("--reward-min", type=float, metavar="X", help="score of at least X")
-    samples.add_argument("--reward-max", type=float, metavar="X", help="score of at most X")
-    samples.add_argument("--verdict", action="append", default=[], metavar="NAME", help="such as accepted or time_limit; repeatable")
-    samples.add_argument("--length", metavar="N[:M]", help="completions of N to M tokens")
-    samples.add_argument("--problem", default="", metavar="TEXT", help="part of the problem's id")
-    samples.add_argument("--purpose", choices=("train", "eval"), default="", help="training or held-out samples alone")
-    samples.add_argument(
-        "--sort", choices=("reward", "length", "time"), default="", help="show the first by this (default: the newest, oldest first)"
+    export = _command(commands, "export", _export, "write a run's policy as a Hugging Face directory: weights, configuration, tokenizer")
+    export.add_argument(
+        "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run (its newest good checkpoint), a checkpoint, or a model"
     )
-    samples.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
-    samples.add_argument("-n", "--limit", type=_count, default=10, metavar="N", help="how many (default 10; 0 for all)")
-    samples.add_argument("--json", action="store_true", help="JSON lines")
+    export.add_argument("out", type=Path, metavar="OUT", help="a new directory")
+    export.add_argument("--iteration", type=_count, metavar="N", help="the checkpoint after N iterations (default: the newest good one)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as the run publishes)")
+    export.add_argument("--model", type=Path, metavar="DIR", help="the model that the run started from, if it has moved")
+    export.add_argument("--adapter", action="store_true", help="the adapters alone, as a peft directory (runs with learner.lora)")
+    export.add_argument("--json", action="store_true", help="for machines")
 
+
+def _machines(commands: Commands) -> None:
+    """What machines can do and what runs on them without a run."""
     plan = _command(
         commands, "plan", _plan, "size the fleets: which split of the devices, how long an iteration takes, what waits for what"
     )
@@ -213,26 +255,6 @@ def build_parser() -> argparse.ArgumentParser:
     grade.add_argument("--out", type=Path, metavar="FILE", help="write each submission's verdict as JSON lines")
     grade.add_argument("--json", action="store_true", help="print summary and verdicts as one JSON object")
 
-    sft = _command(commands, "sft", _sft, "fine-tune a model on prompts with completions, or on chats, with the learner's own step")
-    _config_arguments(sft)
-    sft.add_argument("--out", type=Path, metavar="DIR", help="where the model and its curves go (default: runs/NAME-TIME)")
-    sft.add_argument("--check", action="store_true", help="read configuration and data, say what would be trained, and end")
-    sft.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    sft.add_argument("--plain", action="store_true", help="plain lines instead of a bar (the default when the output is no terminal)")
-    sft.add_argument("--json", action="store_true", help="print the figures as one JSON object at the end")
-
-    text = "environments of engines that run in an interpreter of their own"
-    engines = commands.add_parser("engines", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    of_engines = engines.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    install = _command(of_engines, "install", _engines_install, "build the environment of an engine's server, or find it complete")
-    install.add_argument("engine", metavar="ENGINE", help="sglang")
-    install.add_argument("--device", default="cpu", metavar="DEVICE", help="what the server shall run on: cpu or cuda (default cpu)")
-    install.add_argument(
-        "--dir", type=Path, metavar="DIR", help="where to (default: ~/.cache/rlsys/engines/ENGINE-DEVICE, found by itself)"
-    )
-    install.add_argument("--dry-run", action="store_true", help="say what would be downloaded and do nothing")
-    install.add_argument("--json", action="store_true", help="print one JSON object at the end")
-
     text = "the sandbox, without a run"
     sandbox = commands.add_parser("sandbox", help=text, description=f"{text[0].upper()}{text[1:]}.")
     of_sandbox = sandbox.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -257,25 +279,23 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--key", type=Path, metavar="FILE", help="PEM, if the key is not in the certificate's file")
     serve.add_argument("--json", action="store_true", help="print one JSON object with the address when it listens")
 
-    export = _command(commands, "export", _export, "write a run's policy as a Hugging Face directory: weights, configuration, tokenizer")
-    export.add_argument(
-        "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run (its newest good checkpoint), a checkpoint, or a model"
+    text = "environments of engines that run in an interpreter of their own"
+    engines = commands.add_parser("engines", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    of_engines = engines.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    install = _command(of_engines, "install", _engines_install, "build the environment of an engine's server, or find it complete")
+    install.add_argument("engine", metavar="ENGINE", help="sglang")
+    install.add_argument("--device", default="cpu", metavar="DEVICE", help="what the server shall run on: cpu or cuda (default cpu)")
+    install.add_argument(
+        "--dir", type=Path, metavar="DIR", help="where to (default: ~/.cache/rlsys/engines/ENGINE-DEVICE, found by itself)"
     )
-    export.add_argument("out", type=Path, metavar="OUT", help="a new directory")
-    export.add_argument("--iteration", type=_count, metavar="N", help="the checkpoint after N iterations (default: the newest good one)")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as the run publishes)")
-    export.add_argument("--model", type=Path, metavar="DIR", help="the model that the run started from, if it has moved")
-    export.add_argument("--adapter", action="store_true", help="the adapters alone, as a peft directory (runs with learner.lora)")
-    export.add_argument("--json", action="store_true", help="for machines")
+    install.add_argument("--dry-run", action="store_true", help="say what would be downloaded and do nothing")
+    install.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
     doctor = _command(commands, "doctor", _doctor, "what this machine can do: cores, memory, isolation of model-written code, devices")
     doctor.add_argument("--json", action="store_true", help="for machines")
-    return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, call: Callable[[argparse.Namespace], int], text: str
-) -> argparse.ArgumentParser:
+def _command(commands: Commands, name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(call=call)
     return parser

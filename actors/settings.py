@@ -16,6 +16,9 @@ from protocol.registry import check_name
 from protocol.settings import Settings
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
+MOST_ACTORS = 4096
+"""Of one fleet: more is a slip of the keyboard, and a host that tried would not live."""
+Fleet = Annotated[int, Field(ge=1, le=MOST_ACTORS, strict=True)]
 
 
 def _known(name: str, table: Mapping[str, str], what: str) -> None:
@@ -70,7 +73,7 @@ class EvaluationSettings(Settings):
 class GeneratorSettings(Settings):
     """The sampling fleet."""
 
-    count: Positive = Field(1, description="generator actors")
+    count: Fleet = Field(1, description="generator actors")
     engine: str = Field("embedded", description="a name of actors/engines, or package.module:Class")
     slots: Positive = Field(64, description="samples that one engine runs at once")
     threads: Positive = Field(1, description="CPU threads of one embedded engine")
@@ -87,7 +90,7 @@ class GeneratorSettings(Settings):
 class RewarderSettings(Settings):
     """The scoring fleet."""
 
-    count: Positive = Field(1, description="reward actors")
+    count: Fleet = Field(1, description="reward actors")
     reward: str = Field("unit_tests", description="a name of actors/rewards, or package.module:Class")
     min: Positive | None = Field(None, description="with max: the run adds and removes reward actors by itself, by what waits to be scored")
     max: Positive | None = Field(None, description="with min: never more reward actors than this, also by `rlsys scale`")

@@ -10,6 +10,9 @@ import socket
 
 from protocol.errors import ConfigError
 
+OWN_S = 5.0
+"""How long a connection to this host itself may take."""
+
 
 def bracketed(host: str) -> str:
     """As a part of an address: IPv6 stands in brackets."""
@@ -28,7 +31,8 @@ def split(address: str) -> tuple[str, int]:
 def numeric(host: str, where: str = "transport.host") -> str:
     """The IP address to bind to for an IP address, the name of a host, or the name of a network interface of this host.
 
-    Raises ConfigError for what means no single interface that others could be told of. Needs no name server for the first and the last.
+    Raises ConfigError for what means no single interface of this host that others could be told of. Needs no name server for the first and
+    the last.
     """
     plain = host.removeprefix("[").removesuffix("]")
     try:
@@ -39,7 +43,21 @@ def numeric(host: str, where: str = "transport.host") -> str:
         raise ConfigError(
             f"{where} is {host}: name one interface by its address, its name or a host name, for others are told to connect there"
         )
+    _check_ours(str(address), host, where)
     return str(address)
+
+
+def _check_ours(address: str, host: str, where: str) -> None:
+    """Listen there for a moment and connect. Raises ConfigError where that cannot be: nobody could be told to connect there."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(target)
+            probe.listen(1)
+            socket.create_connection(probe.getsockname()[:2], OWN_S).close()  # a broadcast address can be bound to, and no more
+    except OSError as error:
+        meant = host if host == address else f"{host} ({address})"
+        raise ConfigError(f"{where} is {meant}: no address of this host that can be listened on ({error.strerror or error})") from None
 
 
 def _of_interface(name: str) -> str:

@@ -65,7 +65,7 @@ def _starting(commands: Commands) -> None:
 
     down = _command(commands, "down", _down, "end a run in order; no process is left")
     down.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    down.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
+    down.add_argument("--timeout", type=_seconds, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
 
 
 def _fleets(commands: Commands) -> None:
@@ -81,13 +81,13 @@ def _fleets(commands: Commands) -> None:
         help="generators=3, rewarders=8, learner=2 (ranks, at its next commit); none: show the sizes",
     )
     scale.add_argument("--no-wait", action="store_true", help="return once the run has been told, not once it is done")
-    scale.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest wait (default 600)")
+    scale.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="longest wait (default 600)")
     scale.add_argument("--json", action="store_true", help="for machines")
 
     token = _command(commands, "token", _token, "print the join token of a live run, which lets other hosts add actors to it")
     token.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    token.add_argument("--rotate", action="store_true", help="make a new one; the one before opens nothing any more")
-    token.add_argument("--once", action="store_true", help="make a new one that ends with its first use")
+    token.add_argument("--rotate", action="store_true", help="make a new one; those before open nothing any more")
+    token.add_argument("--once", action="store_true", help="make one besides that ends with its first use")
 
     join = _command(
         commands, "join", _join, "add actors on this host to a run of another host, until the run ends or this command is told to"
@@ -194,7 +194,7 @@ def _trusting(commands: Commands) -> None:
         help="SIGKILL; SIGSTOP, found by its silence; stopped nine tenths of 5 s; cut off from all peers (default kill)",
     )
     chaos.add_argument("--pause", type=float, default=2.0, metavar="S", help="mean seconds from recovery to the next fault (default 2)")
-    chaos.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest wait for a recovery (default 120)")
+    chaos.add_argument("--timeout", type=_seconds, default=120.0, metavar="S", help="longest wait for a recovery (default 120)")
     chaos.add_argument("--json", action="store_true", help="print what was done as one JSON object")
 
 

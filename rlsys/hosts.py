@@ -171,7 +171,9 @@ class Door:
         self._transport = Transport(0, None, host, keys, admits_all=True)
         self.end = Endpoint(self._transport, "hosts", "hosts")
         self._server_key = keys.public.decode()
-        self._secret, self._once = "", False
+        self._secret = ""
+        self._once: set[str] = set()
+        """Secrets for one use that nobody has used yet."""
         self._old: set[str] = set()
         self._refused, self._told_s = 0, float("-inf")
         self._expected: dict[str, Host] = {}
@@ -188,16 +190,22 @@ class Door:
 
     @property
     def token(self) -> str:
-        """The present join token."""
+        """The present join token, for any number of uses."""
         return self._token(self._secret)
 
-    def rotate(self, *, once: bool = False) -> str:
-        """Make a new token; the one before opens nothing any more. With `once` the new one ends with its first use."""
-        if self._secret:
-            self._old.add(self._secret)
-        self._secret, self._once = secrets.token_hex(24), once
+    def rotate(self) -> str:
+        """Make a new token; those before open nothing any more, those for one use neither."""
+        self._old |= self._once | ({self._secret} if self._secret else set())
+        self._once.clear()
+        self._secret = secrets.token_hex(24)
         write_privately(self._grant.run_dir / TOKEN_FILE, self.token + "\n")
         return self.token
+
+    def once(self) -> str:
+        """A token besides that ends with its first use, for one host."""
+        secret = secrets.token_hex(24)
+        self._once.add(secret)
+        return self._token(secret)
 
     def expect(self, name: str) -> tuple[Host, str]:
         """A host that the run itself brings up, and a token for it alone."""
@@ -241,8 +249,9 @@ class Door:
             known = self._expected.pop(request.secret, None) or Host(request.name, request.role, request.count)
             known.identity = peer
             self._hosts[peer] = known
-            if self._once and request.secret == self._secret:
-                self.rotate()
+            if request.secret in self._once:
+                self._once.discard(request.secret)
+                self._old.add(request.secret)
             log.info("host %s joins", known.name)
         known.heard_s = time.monotonic()
         known.push = lambda: self.end.send(peer, known.orders())
@@ -267,7 +276,7 @@ class Door:
             return ""
         if request.secret in self._old:
             return "the token is an old one: it was used up or replaced; `rlsys token RUN` prints the present one"
-        if not hmac.compare_digest(request.secret.encode(), self._secret.encode()):
+        if request.secret not in self._once and not hmac.compare_digest(request.secret.encode(), self._secret.encode()):
             return "the token is wrong: `rlsys token RUN` prints the right one"
         if request.role not in JOIN_ROLES or request.count < 1:
             return f"hosts can add {' and '.join(f'{role}s' for role in JOIN_ROLES)}, one or more, not {request.count} x {request.role!r}"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
+from actors.settings import MOST_ACTORS
 from protocol.errors import DataError, UserError
 from rlsys import __version__
 from rlsys.launchers.agent import Agent, leave_on_signals
 from rlsys.orders import ask
 from rlsys.token import parse
+
+DEVICES = re.compile(r"(\d+|(GPU|MIG)-[0-9a-fA-F/-]+)(,(\d+|(GPU|MIG)-[0-9a-fA-F/-]+))*")
+"""What CUDA_VISIBLE_DEVICES takes: numbers, or names of whole or shared devices. It takes anything else for "none", and says nothing."""
 
 
 def token(run: Path, *, rotate: bool, once: bool) -> int:
@@ -44,9 +49,11 @@ def join(
     devices: str = "",
 ) -> int:
     """Be a host of a run until it ends, or this is told to leave (SIGTERM, Ctrl-C); a second time: at once."""
-    if count < 1:
-        raise UserError(f"--count {count}: at least one actor is added")
+    if not 1 <= count <= MOST_ACTORS:
+        raise UserError(f"--count {count}: from one to {MOST_ACTORS} actors are added")
     if devices:
+        if not DEVICES.fullmatch(devices):
+            raise UserError(f"--devices {devices}: expected CUDA devices with commas between them, such as 0,1,2,3 or GPU-6a1b...,GPU-...")
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     found = parse(given(text), __version__)
     agent = Agent(

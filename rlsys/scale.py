@@ -39,7 +39,9 @@ def scale(run: Path, words: Sequence[str], *, wait_s: float, as_json: bool) -> i
         still = "it has ended" if holder(run) is None else f"still on its way after {wait_s:g} s; it goes on by itself"
         print(f"rlsys: {run}: {still}", file=sys.stderr)
     elif fewer:
-        print(f"rlsys: {run}: {', '.join(fewer)} could not all live here; `rlsys status` and `rlsys logs` tell why", file=sys.stderr)
+        found = ", ".join(f"{fleet} is not {changed[fleet]['count']}" for fleet in fewer)
+        why = "changed again meanwhile, or not all could live here; `rlsys status` and `rlsys logs` tell"
+        print(f"rlsys: {run}: {found}: {why}", file=sys.stderr)
     return 0 if done and not fewer else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from actors.settings import MOST_ACTORS
 from protocol.errors import ConfigError
 from rlsys.config import RunConfig, parse_config
 
@@ -25,6 +26,8 @@ def parse_sizes(words: Sequence[str]) -> dict[str, int]:
             raise ConfigError(f"{word!r}: expected FLEET=COUNT, such as generators=3; fleets are {', '.join(FLEETS)}")
         if fleet in sizes:
             raise ConfigError(f"{word!r}: {fleet} stands twice")
+        if len(number) > 6:  # any that is meant is shorter, and would be told its own limit
+            raise ConfigError(f"{fleet}={number[:12]}...: a fleet has at most {MOST_ACTORS} processes")
         sizes[fleet] = int(number)
     return sizes
 

@@ -509,12 +509,12 @@ class Supervisor:
             self._left(control, process, host.gone, process.child.exit_code())
 
     def _new_token(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The join token, a new one if that is asked."""
+        """The join token, a new one if that is asked; or one for a single use."""
         if self._door is None:
             raise ConfigError(NO_DOOR)
-        if options.get("rotate") or options.get("once"):
-            self._door.rotate(once=bool(options.get("once")))
-        return {"token": self._door.token}
+        if options.get("rotate"):
+            self._door.rotate()
+        return {"token": self._door.once() if options.get("once") else self._door.token}
 
     # ------------------------------------------------------------------------------------------------ fleets that change
 

@@ -37,6 +37,8 @@ class Options(BaseModel):
     """Such as http://10.0.0.7:8390."""
     token_file: Path
     """Holds the service's token."""
+    ca_file: Path | None = None
+    """PEM, for https: the authority that signed the service's certificate, or a self-signed certificate itself; default: those of this host."""
     options: dict[str, Any] = {}
     """Those of `unit_tests`, without `cells`: how it is judged there."""
     wait_s: float = Field(default=600.0, gt=0)
@@ -49,24 +51,46 @@ class SandboxService:
     """Built once per reward actor; threads that score take a connection each, and give it back."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """Raises ConfigError for bad options, or a token that cannot be read."""
+        """Raises ConfigError for bad options, an address that is none, or a token or authority that cannot be read."""
         self._options = parse_options(Options, "sandbox_service", options)
         try:
             self._token = self._options.token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"reward sandbox_service, option 'token_file': {self._options.token_file} cannot be read ({error})") from None
-        self._url = urlsplit(self._options.url)
+        if len(self._token.split()) != 1 or not self._token.isascii():
+            raise ConfigError(f"reward sandbox_service, option 'token_file': {self._options.token_file} holds no token (one word of ASCII)")
+        try:
+            self._url = urlsplit(self._options.url)
+            if not self._url.hostname or self._url.port == 0:
+                raise ValueError("a host, and a port if it is not the usual one")
+        except ValueError as error:
+            raise ConfigError(f"reward sandbox_service, option 'url': {self._options.url} is no address ({error})") from None
+        self._tls = self._authority() if self._url.scheme == "https" else None
         self._lock = threading.Lock()
         self._idle: list[http.client.HTTPConnection] = []
         self._closed = False
 
+    def _authority(self) -> ssl.SSLContext:
+        try:
+            return ssl.create_default_context(cafile=self._options.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"reward sandbox_service, option 'ca_file': {self._options.ca_file} holds no certificate that can be used ({error})"
+            ) from None
+
     def score(self, sample: Sample) -> Score:
-        """Raises DataError for a problem that cannot be judged, InfrastructureFault without an answer, ConfigError for a wrong token."""
+        """Raises DataError for a problem that cannot be judged, InfrastructureFault without an answer, ConfigError for a wrong token or a
+        certificate that is not to be trusted."""
         body = json.dumps({"completion": sample.completion, "problem": sample.problem, "options": self._options.options}).encode()
         until, pause, why = time.monotonic() + self._options.wait_s, _PAUSE_S, ""
         while (left := until - time.monotonic()) > 0 and not self._closed:
             try:
                 status, wait, answer = self._ask(body, min(left, self._options.answer_s))
+            except ssl.SSLCertVerificationError as error:
+                raise ConfigError(
+                    f"the certificate of the sandbox service at {self._options.url} cannot be trusted ({error.verify_message}): name the "
+                    "authority that signed it with option ca_file"
+                ) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 status, wait, answer, why = 0, None, {}, f"{type(error).__name__}: {error}"
             if status == 200:
@@ -119,8 +143,8 @@ class SandboxService:
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
-        if self._url.scheme == "https":
-            return http.client.HTTPSConnection(host, port, context=ssl.create_default_context())
+        if self._tls is not None:
+            return http.client.HTTPSConnection(host, port, context=self._tls)
         return http.client.HTTPConnection(host, port)
 
 

@@ -23,6 +23,7 @@ from hashlib import sha256
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import ValidationError
 
 from actors.rewards import Sample, Score
@@ -33,6 +34,19 @@ from rlsys import __version__
 from rlsys.sandbox_service.api import ExecuteRequest, Fault, GradeRequest, Health, Refusal, Verdict, openapi
 
 log = logging.getLogger("rlsys.sandbox_service")
+
+
+def _no_http(record: logging.LogRecord) -> bool:
+    """What a stranger sends that is no HTTP is told in one line: aiohttp would write where in its parser it was, each time."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        reason = " ".join(str(error).split())
+        record.msg, record.args, record.exc_info = "no HTTP that can be read: %s", (reason[:120],), None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return True
+
+
+logging.getLogger("aiohttp.server").addFilter(_no_http)
 
 TRIES = 3
 """How often a program is judged when the sandbox breaks under it."""
@@ -235,6 +249,9 @@ class Service:
             body = await asyncio.wait_for(request.read(), BODY_S)
         except TimeoutError:
             raise _Refused(408, "too_slow", f"the body did not arrive within {BODY_S:g} s", "body") from None
+        except web.RequestPayloadError as error:
+            reason = " ".join(str(error).split()).removeprefix("400, message: ")
+            raise _Refused(400, "bad_request", f"the body cannot be read ({reason})", "body") from None
         try:
             content = await asyncio.to_thread(json.loads, body)
         except (ValueError, RecursionError) as error:

@@ -31,6 +31,9 @@ def test_an_address_an_interface_or_a_name_means_one_interface(host: str, addres
         ("0.0.0.0", "name one interface"),
         ("::", "name one interface"),
         ("224.0.0.1", "name one interface"),
+        ("255.255.255.255", "no address of this host"),
+        ("192.0.2.1", "no address of this host"),
+        ("2001:db8::1", "no address of this host"),
         ("no-such-host.invalid", "neither an address, an interface of this host, nor a host name"),
     ],
 )

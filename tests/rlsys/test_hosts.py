@@ -109,13 +109,19 @@ def test_only_the_present_token_opens_the_door(opened: Opened) -> None:
 
 
 def test_a_token_for_one_use_ends_with_it(opened: Opened) -> None:
-    opened.door.rotate(once=True)
-    token = opened.token()
+    standing = opened.token()
+    token = parse(opened.door.once(), __version__)
+    assert opened.token() == standing != token, "the standing token stays, and is not given out as one for a single use"
     visitor = Visitor(token, role="rewarder", count=2)
     opened.until(lambda: opened.told == ["join"], "it is let in")
     second = Visitor(token, role="rewarder", count=2)
     opened.until(lambda: not second.is_alive(), "the second use")
     assert (second.code, "used up or replaced" in second.said) == (2, True)
+    unused = parse(opened.door.once(), __version__)
+    opened.door.rotate()
+    third = Visitor(unused, role="rewarder", count=1)
+    opened.until(lambda: not third.is_alive(), "one that was never used, after all were replaced")
+    assert (third.code, "used up or replaced" in third.said) == (2, True)
     visitor.agent.leave()
     opened.until(lambda: not visitor.is_alive(), "the first leaves")
     assert (visitor.code, opened.told) == (0, ["join", "leave", "gone"])

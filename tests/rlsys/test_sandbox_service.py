@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_what_is_no_json_or_too_large_or_elsewhere(server: Served) -> None:
     assert (status, answer["error"]["code"]) == (404, "not_found")
 
 
+def test_a_body_that_cannot_be_unpacked_is_the_clients_fault(server: Served) -> None:
+    headers = {"Authorization": f"Bearer {server.token}", "Content-Encoding": "gzip"}
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)) as connection:
+        connection.request("POST", "/v1/execute", b"no gzip", headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    check("/v1/execute", "post", response.status, answer)
+    assert (response.status, answer["error"]["code"], answer["error"]["where"]) == (400, "bad_request", "body"), answer
+    assert "gzip" in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+
+
+def test_what_is_no_http_is_one_line_in_the_log(server: Served) -> None:
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)) as connection:
+        connection.request("GET", "/" + "a" * 9_000)
+        assert connection.getresponse().status == 400
+    wait_until(lambda: "no HTTP" in server.errors.read_text(), "it is told")
+    assert "Traceback" not in server.errors.read_text()
+
+
 @pytest.mark.parametrize("token", ["", "wrong", "\u00e9"])
 def test_without_the_token_nothing_is_judged(server: Served, token: str) -> None:
     before = ask(server, "/healthz", token="")[1]["judged"]
@@ -205,6 +225,46 @@ def test_the_reward_tells_faults_of_the_service_from_verdicts(server: Served, tm
     with pytest.raises(InfrastructureFault, match="no verdict from the sandbox service"):
         nobody = SandboxService({"url": "http://127.0.0.1:1", "token_file": wrong, "wait_s": 0.3})
         nobody.score(Sample(problem=PROBLEM, completion="", truncated=False))
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """One that signed itself, for 127.0.0.1, and its key."""
+    made = directory / "certificate.pem", directory / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-out", made[0], "-keyout", made[1]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_over_https_a_score_needs_the_authority_that_signed_the_certificate(tmp_path: Path) -> None:
+    ours, key = certificate(tmp_path)
+    sample = Sample(problem=PROBLEM, completion=f"```python\n{ADD}\n```", truncated=False)
+    with served(tmp_path, "--cells", "1", "--certificate", str(ours), "--key", str(key)) as server:
+        assert server.url.startswith("https://")
+        options = {"url": server.url, "token_file": server.token_file, "options": LIMITS}
+        with closing(SandboxService({**options, "ca_file": ours})) as reward:
+            assert reward.score(sample).passed
+        with closing(SandboxService(options)) as reward, pytest.raises(ConfigError, match=r"cannot be trusted .* option ca_file"):
+            reward.score(sample)
+
+
+def test_a_reward_that_could_never_ask_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_text("0123456789abcdef\n")
+    bad.write_text("two words\nand a line")
+    for options, sentence in (
+        ({"url": "http://127.0.0.1:99999", "token_file": good}, "option 'url': http://127.0.0.1:99999 is no address"),
+        ({"url": "http://[::1", "token_file": good}, r"option 'url': http://\[::1 is no address"),
+        ({"url": "http://:8390", "token_file": good}, "option 'url': http://:8390 is no address"),
+        ({"url": "http://127.0.0.1:1", "token_file": bad}, "option 'token_file': .* holds no token"),
+        ({"url": "https://127.0.0.1:1", "token_file": good, "ca_file": bad}, "option 'ca_file': .* holds no certificate"),
+        ({"url": "https://127.0.0.1:1", "token_file": good, "ca_file": tmp_path / "none"}, "option 'ca_file': .* holds no certificate"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            SandboxService(options)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ def test_sizes_are_read_and_faults_are_named() -> None:
     for words in (["generators"], ["generators=many"], ["generators=-1"], ["teachers=2"], ["rewarders=1", "rewarders=2"]):
         with pytest.raises(ConfigError, match=r"expected FLEET=COUNT|stands twice"):
             parse_sizes(words)
+    with pytest.raises(ConfigError, match=r"generators=999999999999\.\.\.: a fleet has at most 4096 processes"):
+        parse_sizes(["generators=" + "9" * 30])
 
 
 def test_a_resized_configuration_keeps_all_else_and_its_rules(tmp_path: Path) -> None:
@@ -35,6 +37,8 @@ def test_a_resized_configuration_keeps_all_else_and_its_rules(tmp_path: Path) ->
         resized(before, {"learner": 3})
     with pytest.raises(ConfigError, match=r"learner\.commit_every is 0: nothing is committed"):
         resized(config(tmp_path, learner={"commit_every": 0}), {"learner": 2})
+    with pytest.raises(ConfigError, match=r"scale: generators\.count is 100000.*4096"):
+        resized(before, {"generators": 100_000})
     limited = config(tmp_path, rewarders={"count": 2, "min": 1, "max": 4})
     with pytest.raises(ConfigError, match=r"count is 5, expected a number from min \(1\) to max \(4\)"):
         resized(limited, {"rewarders": 5})

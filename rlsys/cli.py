@@ -65,7 +65,9 @@ def _starting(commands: Commands) -> None:
 
     down = _command(commands, "down", _down, "end a run in order; no process is left")
     down.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    down.add_argument("--timeout", type=_seconds, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)")
+    down.add_argument(
+        "--timeout", type=_seconds, default=20.0, metavar="S", help="seconds until the supervisor itself is killed (default 20)"
+    )
 
 
 def _fleets(commands: Commands) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from protocol.errors import ConfigError
 from rlsys.config import RunConfig, dump_config
+from rlsys.published import version_bytes
 
 SHM = Path("/dev/shm")
 PROBE_S = 0.2
@@ -133,7 +134,7 @@ def choose_weights_dir(config: RunConfig, run_dir: Path, run_id: str) -> Path:
     """Where versions go: as configured, else in memory if three float32 copies take less than half of what is free there, else the run."""
     if config.weights.directory is not None:
         return config.weights.directory / f"rlsys-{run_id}"
-    needed = 3 * 2 * sum(path.stat().st_size for path in config.model.path.glob("*.safetensors"))
+    needed = 3 * 2 * version_bytes(config)
     if SHM.is_dir() and os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > 2 * needed:
         return SHM / f"rlsys-{run_id}"
     return run_dir / "weights"
@@ -142,11 +143,12 @@ def choose_weights_dir(config: RunConfig, run_dir: Path, run_id: str) -> Path:
 def check_room(directory: Path, config: RunConfig) -> None:
     """Raise ConfigError when three published versions would not fit where they go."""
     existing = next(p for p in (directory, *directory.parents) if p.exists())
-    needed = 3 * sum(path.stat().st_size for path in config.model.path.glob("*.safetensors"))
+    needed = 3 * version_bytes(config)
     free = shutil.disk_usage(existing).free
     if free < needed:
+        what = "adapters" if config.learner.lora is not None and config.learner.lora.publish == "adapter" else "model"
         raise ConfigError(
-            f"{existing}: {free / 1e6:.0f} MB are free, three versions of the model need {needed / 1e6:.0f} MB; set weights.directory"
+            f"{existing}: {free / 1e6:.0f} MB are free, three versions of the {what} need {needed / 1e6:.0f} MB; set weights.directory"
         )
 
 

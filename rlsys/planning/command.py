@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from protocol.errors import ConfigError
 from rlsys.config import BUILTIN, RunConfig, load_config
-from rlsys.planning.figures import Figures, from_simulated, read_figures
+from rlsys.planning.figures import Figures, configured_devices, from_simulated, read_figures
 from rlsys.planning.limits import Split
 from rlsys.planning.page import page
 from rlsys.planning.plan import Machine, Plan, Prediction, advice, faults, gigabytes, make_plan, table
 from rlsys.planning.room import Room, needed, read_model
 from rlsys.prepare import check_builtin, check_plugins, prepare
-from rlsys.rundir import SHM
+from rlsys.rundir import choose_weights_dir
 
 
 def plan(
@@ -42,7 +43,13 @@ def plan(
     config = load_config(path, overrides)
     check_builtin(config)
     check_plugins(config)
-    figures, config = _figures(config, figures_file, measure, quiet=as_json)
+    if devices is None and not math.fsum(configured_devices(config)).is_integer():
+        generators, trainers = configured_devices(config)
+        raise ConfigError(
+            f"generators on {generators:g} devices and a learner on {trainers:g} are no whole number of devices: give --devices N, or whole "
+            "ones in learner.step_options.devices and generators.options.device_shares"
+        )
+    figures, config = _figures(config, figures_file, measure, out=sys.stderr if as_json else sys.stdout)
     figures = _for_config(figures, config, devices, own_batch=figures_file is None)
     if write_figures is not None:
         import yaml
@@ -73,7 +80,7 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _figures(config: RunConfig, file: Path | None, measure: bool, *, quiet: bool) -> tuple[Figures, RunConfig]:
+def _figures(config: RunConfig, file: Path | None, measure: bool, *, out: TextIO) -> tuple[Figures, RunConfig]:
     if file is not None and measure:
         raise ConfigError("--figures and --measure: give one of them")
     if file is not None:
@@ -82,8 +89,7 @@ def _figures(config: RunConfig, file: Path | None, measure: bool, *, quiet: bool
         from rlsys.planning.measure import measure_figures
 
         def say(text: str) -> None:
-            if not quiet:
-                print(text, flush=True)
+            print(text, file=out, flush=True)
 
         config = prepare(config, say).config
         return measure_figures(config, say), config
@@ -91,8 +97,8 @@ def _figures(config: RunConfig, file: Path | None, measure: bool, *, quiet: bool
 
 
 def _configured(config: RunConfig) -> Split:
-    per_rank = float(config.learner.step_options.get("devices", 1)) if config.learner.step == "simulated" else 1.0
-    return Split(generators=config.generators.count, trainers=config.learner.ranks * per_rank)
+    generators, trainers = configured_devices(config)
+    return Split(generators=generators, trainers=trainers)
 
 
 def _for_config(figures: Figures, config: RunConfig, devices: int | None, *, own_batch: bool) -> Figures:
@@ -114,7 +120,7 @@ def _for_config(figures: Figures, config: RunConfig, devices: int | None, *, own
 
 def _machine(config: RunConfig, device_memory_gb: float | None) -> Machine:
     on_cpu = config.generators.device == "cpu" and config.learner.device != "cuda"
-    weights = config.weights.directory or SHM
+    weights = choose_weights_dir(config, Path("runs").absolute(), "")
     existing = next(p for p in (weights, *weights.parents) if p.exists())
     return Machine(
         device=None if device_memory_gb is None else device_memory_gb * 1e9,

@@ -27,7 +27,13 @@ def company(number: int) -> Iterator[frozenset[int]]:
     try:
         for _ in range(number):
             processes.append(
-                subprocess.Popen([sys.executable, "-I", "-c", _WORK], stdin=subprocess.DEVNULL, env={**os.environ, **one_thread})
+                subprocess.Popen(
+                    [sys.executable, "-I", "-c", _WORK],
+                    stdin=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, **one_thread},
+                    start_new_session=True,  # Ctrl-C is ours to answer
+                )
             )
         yield frozenset(process.pid for process in processes)
     finally:

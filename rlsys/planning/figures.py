@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ class SamplingFigures(Settings):
     )
     prefill_tokens_per_s: Rate | None = Field(None, description="prompt tokens per second; not given, prompts cost nothing")
     update_s: Seconds = Field(0.0, description="how long a weight update holds up everything that runs")
+    cores: Positive = Field(1, description="CPU cores that a device keeps busy; counts where parts share cores")
 
 
 class TrainingFigures(Settings):
@@ -42,6 +44,7 @@ class TrainingFigures(Settings):
     fixed_s: Seconds = Field(0.0, description="time of a step besides its tokens")
     publish_s: Seconds = Field(0.0, description="time from the end of a step to the announcement of the version")
     trained_share: float = Field(1.0, gt=0, le=1, description="share of sampled tokens that is trained on; groups without variance are not")
+    cores: Positive = Field(1, description="CPU cores that a device keeps busy; counts where parts share cores")
 
 
 class RewardFigureSettings(Settings):
@@ -49,6 +52,7 @@ class RewardFigureSettings(Settings):
 
     seconds: Seconds = Field(0.0, description="of one sample in one sandbox")
     sandboxes: Positive = Field(1, description="samples that are scored at once")
+    cores: float = Field(1.0, ge=0, le=1024, description="CPU cores that a sample keeps busy meanwhile; 0 for a judge elsewhere")
 
 
 class Figures(Settings):
@@ -117,6 +121,17 @@ def from_simulated(config: RunConfig) -> Figures:
         raise ConfigError("\n".join(f"figures of a simulated run: {explain(fault, Figures)}" for fault in error.errors())) from None
 
 
+def configured_devices(config: RunConfig) -> tuple[float, float]:
+    """Devices of the generators and of the learner. Only simulated parts have shares of a device."""
+    generators, trainers = float(config.generators.count), float(config.learner.ranks)
+    if config.generators.engine == "simulated":
+        engine = EngineFigures.model_validate(config.generators.options)
+        generators = math.fsum(engine.share(i) for i in range(config.generators.count))
+    if config.learner.step == "simulated":
+        trainers *= StepFigures.model_validate(config.learner.step_options).devices
+    return generators, trainers
+
+
 def _from_options(config: RunConfig) -> Figures:
     engine = EngineFigures.model_validate(config.generators.options)
     reward = RewardFigures.model_validate(config.rewarders.options)
@@ -124,7 +139,7 @@ def _from_options(config: RunConfig) -> Figures:
     sampling: dict[str, Any] = engine.model_dump(exclude={"lengths", "recompute_cache", "speed", "device_shares"})
     return Figures(
         name=config.name,
-        devices=config.generators.count + round(step.devices * config.learner.ranks),
+        devices=max(1, round(sum(configured_devices(config)))),
         groups_per_iteration=config.sampling.groups_per_iteration,
         group_size=config.sampling.group_size,
         prompt_tokens=2.0,

@@ -148,8 +148,9 @@ def _cores_s(figures: Figures, load: Load) -> float:
     """All work of one iteration on the cores that the parts share; 0 where every device is its own."""
     if figures.cores is None:
         return 0.0
-    others = figures.samples * (figures.reward.seconds + figures.ring_s)
-    return (sampling_work_s(figures, load) + training_work_s(figures, load) + others) / figures.cores
+    others = figures.samples * (figures.reward.cores * figures.reward.seconds + figures.ring_s)
+    sampling, training = figures.sampling.cores * sampling_work_s(figures, load), figures.training.cores * training_work_s(figures, load)
+    return (sampling + training + others) / figures.cores
 
 
 def fluid_limit_s(figures: Figures, load: Load) -> float:
@@ -169,4 +170,4 @@ def best_split_share(figures: Figures, load: Load) -> float:
     """The largest share of the fluid limit that a split into whole devices allows, which needs two devices at least."""
     sampling, training = sampling_work_s(figures, load), training_work_s(figures, load)
     best = min(max(sampling / g, training / (figures.devices - g)) for g in range(1, figures.devices))
-    return fluid_limit_s(figures, load) / best
+    return fluid_limit_s(figures, load) / max(best, _cores_s(figures, load))

@@ -11,10 +11,13 @@ several rounds, for the speed of a core that others share changes from one momen
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from actors.dataset import Problem, read_problems
-from actors.dispatcher import sample_seed
+from actors.dataset import read_problems
+from actors.dispatcher import prepare, sample_seed
 from actors.engines import ENGINES, Engine, EngineOptions, Sampled, SampleRequest, Sampling
 from actors.rewards import REWARDS, Reward, Sample
-from actors.text import Text, stop_token_ids
-from protocol.errors import ConfigError, InfrastructureFault
+from actors.rewards.answers import sound
+from actors.stages import Prepared
+from actors.text import Text, context_length, stop_token_ids
+from protocol.errors import ConfigError, DataError, InfrastructureFault, UserError, WeightsError
 from protocol.messages import Version
 from protocol.registry import resolve
 from rlsys.config import RunConfig
@@ -43,6 +48,9 @@ REWARDS_S = 20.0
 """Time for rewards, in one round."""
 DISCARD = 4
 """Rewards that are scored before the clock starts, because the first ones start processes."""
+WAITS = 0.1
+WAITS_S = 0.02
+"""A reward that took longer than this on average, and less than that share of it on a core, waits for something else."""
 ROUNDS = 4
 ROUNDS_S = 60.0
 """No round begins that would end later than this after the first began, as far as the rounds before tell."""
@@ -68,6 +76,14 @@ class SamplingRates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardRates:
+    """Seconds of a sample, and how many cores it keeps busy meanwhile."""
+
+    seconds: float
+    cores: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRates:
     """Seconds per token, fixed seconds of a step, seconds to publish."""
 
@@ -76,9 +92,36 @@ class TrainingRates:
     publish_s: float
 
 
-def _clock(on_cpu: bool) -> Callable[[], float]:
-    """What parts on the CPU are timed by: their own CPU time, which other programs on the machine do not change; devices by the wall clock."""
-    return time.process_time if on_cpu else time.perf_counter
+def _clock(on_cpu: bool, threads: int) -> Callable[[], float]:
+    """What parts on the CPU are timed by: their own CPU time, which other programs on the machine do not change.
+
+    Devices go by the wall clock, and so do parts of several threads, which use up CPU time while they wait for one another.
+    """
+    return time.process_time if on_cpu and threads == 1 else time.perf_counter
+
+
+def _learner_on_cpu(config: RunConfig) -> bool:
+    from learner.step import pick_device
+
+    return pick_device(config.learner.device, 0).type == "cpu"
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is under way as Ctrl-C does, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _descendants_cpu_s(without: frozenset[int] = frozenset()) -> float:
@@ -119,8 +162,8 @@ def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
     if config.generators.engine == "simulated" or config.learner.step == "simulated" or config.rewarders.reward == "simulated":
         raise ConfigError("--measure: a simulated run states its figures itself; leave --measure out")
     started = time.monotonic()
-    on_cpu = config.generators.device == "cpu" and config.learner.device != "cuda"
-    with company(_others(config) if on_cpu else 0) as neighbours:
+    on_cpu = config.generators.device == "cpu" and _learner_on_cpu(config)
+    with _told_to_end(), company(_others(config) if on_cpu else 0) as neighbours:
         found = _rounds(config, neighbours, lambda text: say(f"{time.monotonic() - started:5.1f} s  {text}"), on_cpu=on_cpu)
         figures = _figures(config, found, on_cpu=on_cpu)
         if not on_cpu:
@@ -137,7 +180,12 @@ def _others(config: RunConfig) -> int:
     """Threads that are busy in a run besides the one that is measured, at most all cores."""
     generators, rewarders, learner = config.generators, config.rewarders, config.learner
     busy = generators.count * generators.threads + rewarders.count * rewarders.concurrency + learner.ranks * learner.threads
-    return min(busy - 1, os.cpu_count() or 1)
+    return min(busy - 1, _cores())
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(slots=True)
@@ -148,21 +196,21 @@ class _Found:
     drawn: list[Drawn] = field(default_factory=list)
     trained_share: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)
-    reward_s: list[float] = field(default_factory=list)
+    rewards: list[RewardRates] = field(default_factory=list)
     training: list[TrainingRates] = field(default_factory=list)
 
 
 def _rounds(config: RunConfig, neighbours: frozenset[int], say: Callable[[str], None], *, on_cpu: bool) -> _Found:
     """Every part in turn, on other problems each time, while there is time."""
-    found, begun, problems = _Found(), time.monotonic(), read_problems(config.data.train)
+    found, begun, problems = _Found(), time.monotonic(), _problems(config)
     for number in range(ROUNDS):
         if number and (time.monotonic() - begun) * (number + 1) / number > ROUNDS_S:
             break
         steps, drawn, update_s = _measure_sampling(config, problems, number)
         tokens = sum(len(d.sampled.token_ids) for d in drawn)
         say(f"sampled {len(drawn)} completions of {tokens / len(drawn):.0f} tokens on average")
-        scores, reward_s = _measure_rewards(config, drawn, neighbours, on_cpu=on_cpu)
-        say(f"scored {len(scores)} of them in {1e3 * reward_s:.1f} ms each")
+        scores, reward = _measure_rewards(config, drawn, neighbours, on_cpu=on_cpu)
+        say(f"scored {len(scores)} of them in {1e3 * reward.seconds:.1f} ms each")
         rates = _measure_training(config, drawn)
         share = _trained_share(config, drawn, scores)
         say(f"trained at {1 / rates.token_s:,.0f} tokens/s; {share:.0%} of the tokens have an advantage")
@@ -170,9 +218,20 @@ def _rounds(config: RunConfig, neighbours: frozenset[int], say: Callable[[str], 
         found.drawn += drawn
         found.update_s.append(update_s)
         found.trained_share.append(share)
-        found.reward_s.append(reward_s)
+        found.rewards.append(reward)
         found.training.append(rates)
     return found
+
+
+def _problems(config: RunConfig) -> list[Prepared]:
+    """Those whose prompt leaves room for a completion, as the dispatcher takes them."""
+    sampling = config.sampling
+    longest = (config.model.max_context or context_length(config.model.path)) - sampling.max_tokens
+    longest = min(longest, sampling.max_prompt_tokens or longest)
+    fits, _ = prepare(read_problems(config.data.train), Text(config.model.path), config.data, longest)
+    if not fits:
+        raise DataError(f"{config.data.train}: every prompt is longer than {longest} tokens, so nothing can be sampled")
+    return fits
 
 
 def _figures(config: RunConfig, found: _Found, *, on_cpu: bool) -> Figures:
@@ -193,29 +252,31 @@ def _figures(config: RunConfig, found: _Found, *, on_cpu: bool) -> Figures:
                 "slots": config.generators.slots,
                 "prefill_tokens_per_s": 1 / rates.prompt_s if rates.prompt_s > 0 else None,
                 "update_s": statistics.mean(found.update_s),
+                "cores": config.generators.threads,
             },
             "training": {
                 "tokens_per_s": 1 / statistics.mean(r.token_s for r in found.training),
                 "fixed_s": statistics.mean(r.fixed_s for r in found.training),
                 "publish_s": statistics.mean(r.publish_s for r in found.training),
                 "trained_share": statistics.mean(found.trained_share),
+                "cores": config.learner.threads,
             },
             "reward": {
-                "seconds": statistics.mean(found.reward_s),
+                "seconds": statistics.mean(reward.seconds for reward in found.rewards),
                 "sandboxes": config.rewarders.count * config.rewarders.concurrency,
+                "cores": statistics.mean(reward.cores for reward in found.rewards),
             },
-            "cores": os.cpu_count() if on_cpu else None,
+            "cores": _cores() if on_cpu else None,
         }
     )
 
 
 def _measure_sampling(
-    config: RunConfig, problems: Sequence[Problem], number: int
+    config: RunConfig, problems: Sequence[Prepared], number: int
 ) -> tuple[list[tuple[float, int, int]], list[Drawn], float]:
     """Steps as `fit_steps` takes them, completions, and the seconds of a weight update; of the problems that round `number` has."""
     settings, sampling = config.generators, config.sampling
-    clock = _clock(settings.device == "cpu")
-    text = Text(config.model.path)
+    clock = _clock(settings.device == "cpu", settings.threads)
     context = config.model.max_context or 1 << 20
     engine: Engine = resolve(settings.engine, ENGINES, "engine")(
         EngineOptions(
@@ -229,7 +290,10 @@ def _measure_sampling(
         )
     )
     try:
-        engine.load_weights(config.model.path, Version(0))
+        try:
+            engine.load_weights(config.model.path, Version(0))
+        except WeightsError as error:
+            raise ConfigError(f"--measure: {error}") from None
         stops = stop_token_ids(config.model.path) if sampling.stop_token_ids is None else sampling.stop_token_ids
         draw = Sampling(
             max_tokens=sampling.max_tokens,
@@ -240,8 +304,8 @@ def _measure_sampling(
         )
         groups = max(3, -(-3 * settings.slots // sampling.group_size))
         chosen = [problems[(number * groups + i) % len(problems)] for i in range(groups)]
-        prompts = text.encode_prompts([p.prompt for p in chosen], config.data.prompt_template, config.data.chat)
-        payloads = [msgpack.unpackb(p.payload) for p in chosen]
+        prompts = [p.prompt_ids for p in chosen]
+        payloads = [msgpack.unpackb(p.problem.payload) for p in chosen]
         steps: list[tuple[float, int, int]] = []
         drawn: list[Drawn] = []
         waiting = list(range(len(chosen)))
@@ -278,12 +342,14 @@ def _measure_sampling(
 
 def _measure_rewards(
     config: RunConfig, drawn: list[Drawn], neighbours: frozenset[int], *, on_cpu: bool
-) -> tuple[list[float | None], float]:
+) -> tuple[list[float | None], RewardRates]:
+    """Scores of as many completions as there is time for, None where the machinery failed. Raises ConfigError when it failed for all."""
     reward: Reward = resolve(config.rewarders.reward, REWARDS, "reward")(config.rewarders.options)
     text = Text(config.model.path)
     scores: list[float | None] = []
     skip = min(DISCARD, len(drawn) - 1)
     begun = wall = 0.0
+    fault = ""
     try:
         until = time.monotonic() + REWARDS_S
         for place, one in enumerate(drawn):
@@ -292,17 +358,44 @@ def _measure_rewards(
             sample = Sample(
                 problem=one.problem, completion=text.decode(one.sampled.token_ids), truncated=one.sampled.finish_reason != "stop"
             )
-            try:
-                scores.append(reward.score(sample).value)
-            except InfrastructureFault:
-                scores.append(None)
+            value, why = _score(reward, config.rewarders.reward, sample)
+            scores.append(value)
+            fault = why or fault
             if time.monotonic() > until and place > skip:
                 break
         cpu, wall = _descendants_cpu_s(neighbours) - begun, time.perf_counter() - wall
     finally:
         reward.close()
-    seconds = cpu if on_cpu else wall
-    return scores, seconds / (len(scores) - skip)
+    if all(score is None for score in scores):
+        raise ConfigError(
+            f"--measure: reward {config.rewarders.reward!r} scored none of {len(scores)} samples ({fault or 'it gave no reason'})"
+        )
+    return scores, reward_rates(cpu, wall, len(scores) - skip, on_cpu=on_cpu)
+
+
+def _score(reward: Reward, name: str, sample: Sample) -> tuple[float | None, str]:
+    """The value, or None and why there is none. Raises ConfigError for a reward with a bug."""
+    try:
+        score = sound(reward.score(sample), name)
+    except (InfrastructureFault, DataError) as error:
+        return None, str(error)
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"--measure: reward {name!r} raised {type(error).__name__} ({error}) on problem {sample.problem.get('id')}"
+        ) from error
+    return score.value, "" if score.value is not None else score.detail or score.status
+
+
+def reward_rates(cpu_s: float, wall_s: float, count: int, *, on_cpu: bool) -> RewardRates:
+    """Of `count` samples one after the other. A reward is timed by its CPU time, which other programs do not change.
+
+    One whose CPU time is hardly any of the time that it took waits for something else than a core (a judge elsewhere): the wall clock times it.
+    """
+    waits = cpu_s < WAITS * wall_s and wall_s > count * WAITS_S
+    seconds = cpu_s if on_cpu and not waits else wall_s
+    return RewardRates(seconds=seconds / count, cores=min(1.0, cpu_s / seconds) if seconds > 0 else 1.0)
 
 
 def _trained_share(config: RunConfig, drawn: list[Drawn], scores: list[float | None]) -> float:
@@ -312,7 +405,7 @@ def _trained_share(config: RunConfig, drawn: list[Drawn], scores: list[float | N
         if score is not None:
             groups.setdefault(one.group, set()).add(score)
     kept = total = 0
-    for one, _ in zip(drawn, scores, strict=False):
+    for one in drawn[: len(scores)]:
         tokens = len(one.sampled.token_ids)
         total += tokens
         cut = config.learner.overlong == "mask" and one.sampled.finish_reason != "stop"
@@ -328,8 +421,7 @@ def _measure_training(config: RunConfig, drawn: list[Drawn]) -> TrainingRates:
     from learner.publisher import Publisher
     from learner.steps import build_step
 
-    clock = _clock(config.learner.device != "cuda")
-
+    clock = _clock(_learner_on_cpu(config), config.learner.threads)
     step = build_step(config.learner.model_copy(update={"ranks": 1}), config.model.path, SingleProcess())
     whole = [d for d in drawn if len(d.sampled.token_ids)][: config.sampling.groups_per_iteration * config.sampling.group_size]
     samples = [
@@ -360,8 +452,10 @@ def _measure_training(config: RunConfig, drawn: list[Drawn]) -> TrainingRates:
     per_token = (long - short) / (many - few) if many > few and long > short else long / many
     per_token = min(per_token, long / many)
     with tempfile.TemporaryDirectory(prefix="rlsys-plan-") as directory:
-        publisher = Publisher(Path(directory), config.model.path, config.weights.dtype)
+        lora = config.learner.lora
+        alone = lora if lora is not None and lora.publish == "adapter" else None
+        publisher = Publisher(Path(directory), config.model.path, config.weights.dtype, adapters=alone)
         begun = time.perf_counter()
-        publisher.publish(Version(0), step.published_tensors(publisher.dtype))
+        publisher.publish(Version(0), step.version_tensors(publisher.dtype))
         publish_s = time.perf_counter() - begun
     return TrainingRates(token_s=per_token, fixed_s=max(0.0, long - per_token * many), publish_s=publish_s)

@@ -6,15 +6,13 @@ What it leaves out: the framework's own memory (a few hundred MB a process), fra
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.errors import DataError
 from rlsys.config import RunConfig
+from rlsys.published import WIDTH, Shapes, adapter_parameters, count_parameters, read_shapes
 
-WIDTH = {"float64": 8, "float32": 4, "bfloat16": 2}
-_STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 STATE_BYTES = 16
 """Of a parameter in training: float32 weight, gradient, and two moments of AdamW."""
 CHECKPOINT_BYTES = 12
@@ -37,6 +35,8 @@ class ModelSize:
     hidden: int
     key_value_heads: int
     head_dim: int
+    shapes: Shapes = field(default_factory=dict)
+    """Of the stored tensors, which adapters are sized by."""
 
     def cache_bytes(self, tokens: float, width: int) -> float:
         """Of keys and values of so many tokens."""
@@ -47,20 +47,15 @@ def read_model(directory: Path) -> ModelSize | None:
     """Sizes from config.json and the headers of the weights; None for a model whose layers are not described. Raises DataError for broken files."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        parameters = 0
-        for path in directory.glob("*.safetensors"):
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            parameters += sum(
-                math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__" and entry["dtype"] in _STORED
-            )
         layers, heads, hidden = config.get("num_hidden_layers"), config.get("num_attention_heads"), config.get("hidden_size")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{directory}: its size cannot be read ({error})") from None
     if not (layers and heads and hidden):
         return None
+    shapes = read_shapes(directory)
     return ModelSize(
-        parameters=parameters,
+        shapes=shapes,
+        parameters=count_parameters(shapes),
         layers=layers,
         hidden=hidden,
         key_value_heads=config.get("num_key_value_heads") or heads,
@@ -83,20 +78,24 @@ def needed(config: RunConfig, size: ModelSize | None, mean_tokens: float, prompt
     """What the run of a configuration needs; a model of unknown size counts as nothing."""
     generators, learner, sampling = config.generators, config.learner, config.sampling
     context = config.model.max_context or sampling.max_tokens + (sampling.max_prompt_tokens or round(prompt_tokens) + 1)
-    parameters = size.parameters if size else 0
+    parameters = trained = published = size.parameters if size else 0
     engine = step = 0.0
+    if size is not None and learner.lora is not None:
+        trained = adapter_parameters(size.shapes, learner.lora)
+        published = trained if learner.lora.publish == "adapter" else parameters
     if size is not None:
         width = WIDTH[generators.dtype]
         engine = parameters * width + size.cache_bytes(generators.slots * context, width)
         kept = ACTIVATIONS / 2 * WIDTH[learner.dtype] if not learner.gradient_checkpointing else 2.0 * WIDTH[learner.dtype]
         longest = max(learner.tokens_per_microbatch, min(context, sampling.max_tokens + round(prompt_tokens)))
-        step = parameters * STATE_BYTES + longest * size.layers * size.hidden * kept
+        frozen = 0 if learner.lora is None else parameters * (2 if learner.dtype == "bfloat16" else 4)
+        step = frozen + trained * STATE_BYTES + longest * size.layers * size.hidden * kept
     kept = learner.checkpoints.keep_last + (config.iterations // learner.checkpoints.keep_every if learner.checkpoints.keep_every else 0)
     samples = config.iterations * sampling.groups_per_iteration * sampling.group_size
     return Room(
         generator=engine,
         learner=step,
-        weights=3.0 * parameters * WIDTH[config.weights.dtype],
+        weights=3.0 * published * WIDTH[config.weights.dtype],
         journal=samples * (SAMPLE_BYTES + TOKEN_BYTES * mean_tokens + 4 * prompt_tokens),
-        checkpoints=float((kept + 1) * parameters * CHECKPOINT_BYTES),
+        checkpoints=float((kept + 1) * trained * CHECKPOINT_BYTES),
     )

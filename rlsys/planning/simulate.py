@@ -13,7 +13,7 @@ import bisect
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from actors.dispatcher import sample_seed
@@ -84,16 +84,18 @@ class Outcome:
         return total
 
 
-def share_cores(outcome: Outcome, cores: int) -> Outcome:
-    """The same run when everything that is busy shares so many cores evenly: while k parts are busy, all are slower by max(1, k / cores).
+def share_cores(outcome: Outcome, cores: int, wanted: Mapping[str, float]) -> Outcome:
+    """The same run when everything that is busy shares so many cores evenly: while k are asked for, all is slower by max(1, k / cores).
 
-    One factor holds for all at a time, so the order of events stays and only the clock is stretched.
+    `wanted` are the cores that an activity keeps busy, 1 if it is not named; waiting keeps none busy. One factor holds for all at a time, so the
+    order of events stays and only the clock is stretched.
     """
     busy = [interval for device in outcome.generators for interval in device] + outcome.busy
     busy += [interval for interval in outcome.learner if interval[2] in ("train", "publish")]
-    edges = sorted([(a, 1) for a, b, _ in busy if b > a] + [(b, -1) for a, b, _ in busy if b > a])
+    weighed = [(a, b, wanted.get(name, 1.0)) for a, b, name in busy if b > a]
+    edges = sorted([(a, weight) for a, _, weight in weighed] + [(b, -weight) for _, b, weight in weighed])
     stops, stretched = [0.0], [0.0]
-    count = 0
+    count = 0.0
     for at, change in edges:
         if at > stops[-1]:
             stretched.append(stretched[-1] + (at - stops[-1]) * max(1.0, count / cores))
@@ -449,7 +451,17 @@ def rules(schedule: ScheduleSettings, iterations: int, groups: int) -> tuple[Pac
 def simulate(figures: Figures, split: Split, schedule: ScheduleSettings, *, iterations: int, seed: int = 0) -> Outcome:
     """A run on two fleets."""
     outcome = Simulation(figures, split, schedule, iterations=iterations, seed=seed).run()
-    return outcome if figures.cores is None else share_cores(outcome, figures.cores)
+    return outcome if figures.cores is None else share_cores(outcome, figures.cores, _wanted_cores(figures, split))
+
+
+def _wanted_cores(figures: Figures, split: Split) -> dict[str, float]:
+    """By activity, for `share_cores`. All ranks of a learner train at once; one of them publishes."""
+    return {
+        "sampling": figures.sampling.cores,
+        "update": figures.sampling.cores,
+        "train": figures.training.cores * split.trainers,
+        "scoring": figures.reward.cores,
+    }
 
 
 def simulate_colocated(figures: Figures, *, iterations: int, seed: int = 0, devices: int | None = None) -> Outcome:
@@ -457,4 +469,4 @@ def simulate_colocated(figures: Figures, *, iterations: int, seed: int = 0, devi
     count = devices or figures.devices
     split, schedule = Split(generators=count, trainers=count), ScheduleSettings(name="synchronous")
     outcome = Simulation(figures, split, schedule, iterations=iterations, seed=seed, extra_step_s=2 * figures.switch_s).run()
-    return outcome if figures.cores is None else share_cores(outcome, figures.cores)
+    return outcome if figures.cores is None else share_cores(outcome, figures.cores, _wanted_cores(figures, split))

@@ -91,6 +91,7 @@ def test_whole_devices_waste_what_does_not_divide() -> None:
     """Work 100 + 50: 3 + 1 devices take 50 s, 2 + 2 take 50 s; evenly it would be 37.5 s."""
     assert best_split_share(figures(), LOAD) == pytest.approx(0.75)
     assert best_split_share(figures(devices=3), LOAD) == pytest.approx(1.0)
+    assert best_split_share(figures(cores=1), LOAD) == 1.0, "150 s of work on one core, whatever the split"
 
 
 def test_the_expected_load_is_the_mean_of_draws() -> None:

@@ -103,6 +103,22 @@ def test_rewards_and_what_passes_samples_on_need_cores_too() -> None:
     assert colocated.s_per_iteration == pytest.approx((4 * 10 + 40 * 0.25 + 4 * 2.5) / 2, rel=0.15)
 
 
+def test_every_rank_and_thread_needs_a_core_and_a_judge_elsewhere_needs_none() -> None:
+    """Alone 10 s of sampling and, on two ranks, 5 s of training."""
+    split = Split(generators=1, trainers=2)
+    assert simulate(figures(cores=2), split, SYNCHRONOUS, iterations=4).s_per_iteration == pytest.approx(10 + 5)
+    assert simulate(figures(cores=1), split, SYNCHRONOUS, iterations=4).s_per_iteration == pytest.approx(10 + 2 * 5)
+    threads = figures(cores=2, sampling={"tokens_per_s_sample": 10, "tokens_per_s": 100, "slots": 10, "cores": 4})
+    plain = figures(cores=2, sampling={"tokens_per_s_sample": 10, "tokens_per_s": 100, "slots": 10})
+    alone, slowed = (simulate(one, Split(generators=1, trainers=1), SYNCHRONOUS, iterations=4).s_per_iteration for one in (plain, threads))
+    assert slowed - 10 == pytest.approx(2 * (alone - 10)), "four threads on two cores take twice as long; training the same 10 s"
+    judge = {"seconds": 7, "sandboxes": 40}
+    elsewhere = simulate(figures(cores=1, reward={**judge, "cores": 0}), split, SYNCHRONOUS, iterations=4).s_per_iteration
+    assert elsewhere == pytest.approx(10 + 7 + 2 * 5)
+    here = simulate(figures(cores=1, reward=judge), split, SYNCHRONOUS, iterations=4).s_per_iteration
+    assert here == pytest.approx(10 + 40 * 7 + 2 * 5)
+
+
 def test_what_passes_samples_on_costs_nothing_where_devices_are_their_own() -> None:
     out = simulate(figures(ring_s=5), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4)
     assert out.s_per_iteration == pytest.approx(20)

@@ -170,7 +170,12 @@ def _supervise(
         if tensorboard:
             board = stack.enter_context(Board(directory.path / "tensorboard"))
             board.on_address = lambda address: _show_board(supervisor, progress, address)
-        ending = supervisor.run()
+        try:
+            ending = supervisor.run()
+        except UserError:
+            if not resume and not supervisor.view.processes:  # nothing was started: what is wrong can be mended, and the same run begun
+                stack.callback(directory.abandon)
+            raise
         log.log(logging.ERROR if ending.outcome == "failed" else logging.INFO, "the run ended: %s, %s", ending.outcome, ending.reason)
     if ending.outcome == "failed":
         print(f"rlsys: the run failed: {ending.reason}", file=sys.stderr)

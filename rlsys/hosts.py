@@ -55,7 +55,7 @@ class RemoteChild:
 
     @property
     def host(self) -> str:
-        return self._host.name
+        return self._host.place or self._host.name
 
     def exit_code(self) -> int | None:
         """As the host reported it; killed once the host is gone."""
@@ -92,6 +92,8 @@ class Host:
     name: str
     role: str = ""
     count: int = 0
+    place: str = ""
+    """Where it is, if its name does not say it: the node of a host that the run itself brought up."""
     once: bool = False
     """It is there for one process, and goes with it."""
     started: bool = False
@@ -247,6 +249,7 @@ class Door:
                     log.warning("%s (%s) was not let in (%d refused so far): %s", request.name[:60], peer, self._refused, reason)
                 return Refused(reason=reason)
             known = self._expected.pop(request.secret, None) or Host(request.name, request.role, request.count)
+            known.place = request.name
             known.identity = peer
             self._hosts[peer] = known
             if request.secret in self._once:

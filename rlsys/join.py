@@ -50,7 +50,7 @@ def join(
 ) -> int:
     """Be a host of a run until it ends, or this is told to leave (SIGTERM, Ctrl-C); a second time: at once."""
     if not 1 <= count <= MOST_ACTORS:
-        raise UserError(f"--count {count}: from one to {MOST_ACTORS} actors are added")
+        raise UserError(f"--count {count}: at least one actor is added, and at most {MOST_ACTORS}")
     if devices:
         if not DEVICES.fullmatch(devices):
             raise UserError(f"--devices {devices}: expected CUDA devices with commas between them, such as 0,1,2,3 or GPU-6a1b...,GPU-...")

@@ -83,6 +83,13 @@ class RunDir:
             self.release()
             raise
 
+    def abandon(self) -> None:
+        """Take back what `claim` and a start that came to nothing wrote, so that the same command can be given again; logs stay."""
+        for path in self.path.iterdir():
+            if path.name not in OWN:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.release()
+
     def _lock(self) -> None:
         deadline = time.monotonic() + PROBE_S
         while True:

@@ -68,6 +68,10 @@ class Limits:
     """Not registered, although it computes: imports take their time on a busy machine."""
 
 
+EDGES_SHOWN = 4
+"""Of one process's waits for processes of one role, in the text for people: fleets may be hundreds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
     """One edge of the graph: `waiter` waits for `what`, which is with `on`."""
@@ -126,8 +130,12 @@ class Explanation:
         """For people: the blamed, then every edge, then the rest."""
         guilty = [f"to blame     {b.what}" for b in self.guilty] or ["to blame     nobody"]
         circle = [f"circle       {' waits for '.join((*self.circle, self.circle[0]))}"] if self.circle else []
-        waits = [f"waits        {w.sentence}" for w in self.waits]
-        return [*guilty, *circle, *waits, *(f"works        {text}" for text in self.working)]
+        return [
+            *guilty,
+            *circle,
+            *(f"waits        {text}" for text in _shortened(self.waits)),
+            *(f"works        {text}" for text in self.working),
+        ]
 
     def data(self) -> dict[str, Any]:
         """For machines."""
@@ -138,6 +146,19 @@ class Explanation:
             "working": list(self.working),
             "circle": list(self.circle),
         }
+
+
+def _shortened(waits: Sequence[Wait]) -> list[str]:
+    """Sentences of the edges; of those from one process to many of one role the first few, and how many more there are."""
+    shown, edges = list[str](), dict[tuple[str, str], list[Wait]]()
+    for wait in waits:
+        edges.setdefault((wait.waiter, wait.on.rpartition("-")[0]), []).append(wait)
+    for (waiter, role), of_one in edges.items():
+        most = len(of_one) if len(of_one) <= EDGES_SHOWN + 1 else EDGES_SHOWN
+        shown += [edge.sentence for edge in of_one[:most]]
+        if more := len(of_one) - most:
+            shown.append(f"{waiter} waits for {more} more {role}s (--json names them)")
+    return shown
 
 
 def explain(states: Iterable[ProcessState], limits: Limits, clock_s: float = 0.0) -> Explanation:

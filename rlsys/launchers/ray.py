@@ -31,6 +31,8 @@ from rlsys.token import parse
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+log = logging.getLogger(__name__)
+
 RESERVE_S = 20.0
 """How long Ray may take to reserve places: seconds where they are free, and a cluster that grows by itself has begun to by then."""
 LIVE_S = 5.0
@@ -51,13 +53,13 @@ Resources = dict[str, float]
 class Place:
     """What runs inside a Ray actor: the agent of one process, in the actor's main thread until the process has ended for good."""
 
-    def run(self, token: str, name: str, in_run_dir: bool) -> tuple[int, str]:
+    def run(self, token: str, in_run_dir: bool) -> tuple[int, str]:
         """Exit code and sentence of the agent; 2 for what the user can mend, another version of rlsys here among it."""
         import ray
 
         node = ray.util.get_node_ip_address()
         try:
-            return Agent(parse(token, __version__), name=f"{name} on {node}", in_run_dir=in_run_dir, say=print).run()
+            return Agent(parse(token, __version__), name=node, in_run_dir=in_run_dir, say=print).run()
         except UserError as error:
             return 2, f"node {node}: {error}"
 
@@ -151,7 +153,7 @@ class RayLauncher:
             num_cpus=wanted.get("CPU", 0), num_gpus=wanted.get("GPU", 0), max_restarts=0, scheduling_strategy=strategy
         )
         actor = actor.remote()
-        done = actor.run.remote(token, spec.name, spec.role == "learner")
+        done = actor.run.remote(token, spec.role == "learner")
         child = host.start(spec, log_path, environment)
         self._placed.append(_Placed(host, child, actor, done))
         return child
@@ -179,7 +181,7 @@ class RayLauncher:
                     2,
                     f"a node of the Ray cluster cannot load rlsys {__version__}: install the same version on every node ({lines[-200:]})",
                 )
-            return KILLED, f"its Ray actor is gone, with its node or alone ({lines[:160]})"
+            return KILLED, gone(placed.host.place, lines)
         except self._ray.exceptions.RayError as error:
             lines = " ".join(str(error).split())
             if "ModuleNotFoundError" in lines or "ImportError" in lines:
@@ -232,6 +234,12 @@ def in_words(resources: Mapping[str, float]) -> str:
     """ "2 GPU, 8 CPU"."""
     named = [(name, amount) for name, amount in sorted(resources.items(), reverse=True) if not name.startswith("node:") and amount]
     return ", ".join(f"{amount:g} {name}" for name, amount in named) or "nothing"
+
+
+def gone(place: str, said: str) -> str:
+    """One sentence of what Ray says, which is many and opens with identifiers of its own; all of it is in the log."""
+    log.info("Ray: %s", said)
+    return f"its Ray actor is gone{f' from {place}' if place else ''}, with its node or alone"
 
 
 def lacking(wanted: Sequence[tuple[str, Sequence[Resources]]], free: Resources, total: Resources, nodes: int) -> str:

@@ -20,6 +20,23 @@ from tests.learner.conftest import save_model
 QUICKSTART = str(Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml")
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "255.255.255.255", "no-such-host.invalid"])
+def test_an_address_of_another_host_is_told_each_time_and_the_directory_stays_free(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulated = str(Path(QUICKSTART).with_name("simulated.yaml"))
+    for _ in range(2):
+        over = ["--set", "transport.kind=tcp", "--set", f"transport.host={host}"]
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+        try:
+            assert main(["up", simulated, "--run-dir", str(tmp_path / "run"), *over]) == 2
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        assert f"rlsys: transport.host is {host}: n" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "logs"}, "what a next start may find"
+
+
 @pytest.mark.parametrize("command", ["check", "up"])
 def test_a_logger_whose_package_is_missing_is_found(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -293,6 +293,8 @@ def test_check_goes_on_after_a_fault_and_prints_the_rest(tmp_path: Path, capsys:
         (["join", "hello", "--role", "generator"], "'hello' is no join token"),
         (["join", "rlsys1.AAAA", "--role", "rewarder"], "damaged join token"),
         (["join", "rlsys1.AAAA", "--role", "rewarder", "--count", "0"], "--count 0: at least one actor"),
+        (["join", "rlsys1.AAAA", "--role", "rewarder", "--count", "99999"], "--count 99999: at least one actor is added, and at most 4096"),
+        (["join", "rlsys1.AAAA", "--role", "generator", "--devices", "cuda:0"], "--devices cuda:0: expected CUDA devices with commas"),
     ],
 )
 def test_wrong_words_about_fleets_and_hosts_are_one_sentence(

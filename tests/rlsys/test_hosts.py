@@ -114,6 +114,7 @@ def test_a_token_for_one_use_ends_with_it(opened: Opened) -> None:
     assert opened.token() == standing != token, "the standing token stays, and is not given out as one for a single use"
     visitor = Visitor(token, role="rewarder", count=2)
     opened.until(lambda: opened.told == ["join"], "it is let in")
+    assert opened.events[0][1].place == "visitor"
     second = Visitor(token, role="rewarder", count=2)
     opened.until(lambda: not second.is_alive(), "the second use")
     assert (second.code, "used up or replaced" in second.said) == (2, True)

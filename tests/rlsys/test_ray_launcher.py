@@ -46,6 +46,6 @@ def test_what_is_missing_and_what_is_free_are_named() -> None:
 
 def test_another_version_on_a_node_is_a_sentence_with_the_node() -> None:
     token = Token("0123456789abcdef", "tcp://127.0.0.1:9", "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7", "5e" * 24, "9.9.9")
-    code, sentence = Place().run(token.text(), "generator-0", False)
+    code, sentence = Place().run(token.text(), False)
     assert code == 2
     assert sentence.startswith("node ") and "the run has rlsys 9.9.9, this host has rlsys" in sentence

@@ -73,6 +73,17 @@ def test_a_living_run_blames_nobody_and_says_where_each_sample_is() -> None:
     assert "group 20" not in str(sentences), "of another iteration"
 
 
+def test_of_many_peers_the_text_names_a_few_and_counts_the_rest() -> None:
+    sampling = [ProcessState(name=f"generator-{i}", doing="decode", for_s=1.0, quiet_s=0.5) for i in range(200)]
+    waiting = [ProcessState(name=f"rewarder-{i}", doing="waiting:completions", peer="generator", for_s=3.0, quiet_s=3.0) for i in range(2)]
+    found = explain([*sampling, *waiting], LIMITS, NOW)
+    lines = [line.removeprefix("waits        ") for line in found.lines() if line.startswith("waits")]
+    assert len(found.data()["waits"]) == 400
+    assert len(lines) == 2 * 5
+    assert lines[4] == "rewarder-0 waits for 196 more generators (--json names them)"
+    assert lines[5] == "rewarder-1 waits 3 s for completions; generator-0 is at 'decode'"
+
+
 def test_the_example_of_the_documentation() -> None:
     last = {"outstanding": [[812, 3, "generator-1@1"]]}
     learner = {"version": 3, "published_s": NOW - 41, "wanted": 3, "missing": [[812, 3]], "complete": []}

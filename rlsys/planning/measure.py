@@ -46,6 +46,8 @@ SAMPLING_S = 25.0
 """Time for sampling in one round, after which what still runs is aborted."""
 REWARDS_S = 20.0
 """Time for rewards, in one round."""
+TRAINING_S = 10.0
+"""After so long a step is not timed again."""
 DISCARD = 4
 """Rewards that are scored before the clock starts, because the first ones start processes."""
 WAITS = 0.1
@@ -177,8 +179,13 @@ def measure_figures(config: RunConfig, say: Callable[[str], None]) -> Figures:
 
 
 def _others(config: RunConfig) -> int:
-    """Threads that are busy in a run besides the one that is measured, at most all cores."""
+    """Threads that are busy in a run besides the one that is measured, at most all cores.
+
+    None where a part has several threads: it goes by the wall clock, in which others would count twice, for the plan shares out cores itself.
+    """
     generators, rewarders, learner = config.generators, config.rewarders, config.learner
+    if generators.threads > 1 or learner.threads > 1:
+        return 0
     busy = generators.count * generators.threads + rewarders.count * rewarders.concurrency + learner.ranks * learner.threads
     return min(busy - 1, _cores())
 
@@ -442,11 +449,13 @@ def _measure_training(config: RunConfig, drawn: list[Drawn]) -> TrainingRates:
     step.train(half, 0, 4)
     points = []
     for batch in (half, samples):
-        seconds = []
+        seconds, until = [], time.monotonic() + TRAINING_S
         for _ in range(3):
             begun = clock()
             step.train(batch, 0, 4)
             seconds.append(clock() - begun)
+            if time.monotonic() > until:
+                break
         points.append((sum(len(s.prompt_ids) + len(s.token_ids) for s in batch), statistics.median(seconds)))
     (few, short), (many, long) = points
     per_token = (long - short) / (many - few) if many > few and long > short else long / many

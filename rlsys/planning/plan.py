@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from actors.settings import ScheduleSettings
 from protocol.errors import ConfigError
 from rlsys.config import RunConfig
 from rlsys.planning.figures import Figures
-from rlsys.planning.limits import Limit, Split, colocated_limit_s, expected_load, fluid_limit_s, schedule_limit
+from rlsys.planning.limits import Limit, Split, expected_load, fluid_limit_s, schedule_limit
 from rlsys.planning.room import Room
 from rlsys.planning.simulate import Outcome, simulate, simulate_colocated
 
@@ -20,6 +20,8 @@ SAMPLES = 60_000
 """Samples that one simulation draws at most, if the batch allows, so that a plan for 1,000 generators takes seconds."""
 SKETCH = 2_000
 """Samples of an iteration beyond which splits are compared on a smaller fleet of the same proportions."""
+MOST = 100_000
+"""Devices of a plan."""
 OTHERS: tuple[ScheduleSettings, ...] = (
     ScheduleSettings(name="synchronous"),
     ScheduleSettings(name="one_off"),
@@ -51,7 +53,6 @@ class Plan:
     candidates: tuple[Prediction, ...]
     others: tuple[Prediction, ...]
     colocated: Outcome
-    colocated_limit_s: float
     fluid_s: float
 
 
@@ -96,6 +97,8 @@ def make_plan(figures: Figures, schedule: ScheduleSettings, configured: Split | 
         raise ConfigError(
             f"{figures.devices} device cannot be split: sampling and training need one each (--devices 2), or use the synchronous schedule on it"
         )
+    if figures.devices > MOST:
+        raise ConfigError(f"{figures.devices} devices: a plan is made for at most {MOST}")
     small = figures.samples <= SKETCH
     splits = likely_splits(figures, schedule)
     if small:
@@ -108,7 +111,6 @@ def make_plan(figures: Figures, schedule: ScheduleSettings, configured: Split | 
         if other.name != schedule.name:
             likely = likely_splits(figures, other)[: CANDIDATES if small else 2]
             others.append(predict(figures, min(likely, key=lambda split: sketched(figures, split, other)), other))
-    load = expected_load(figures)
     own = next((p for p in candidates if p.split == configured), None)
     if own is None and configured is not None and configured.generators + configured.trainers == figures.devices:
         own = predict(figures, configured, schedule)
@@ -119,8 +121,7 @@ def make_plan(figures: Figures, schedule: ScheduleSettings, configured: Split | 
         candidates=tuple(candidates),
         others=tuple(others),
         colocated=simulate_colocated(figures, iterations=iterations_of(figures, 0)),
-        colocated_limit_s=colocated_limit_s(figures, load),
-        fluid_s=fluid_limit_s(figures, load),
+        fluid_s=fluid_limit_s(figures, expected_load(figures)),
     )
 
 
@@ -197,11 +198,6 @@ def advice(plan: Plan) -> list[str]:
     if best.outcome.staleness_max == 0 and best.schedule.bound == 0 and sum(s for n, s in waiting.items() if n.startswith("waiting")) > 0.3:
         words.append("the learner waits while samples are drawn: staleness 1 (one_off) would overlap both")
     return words
-
-
-def without_intervals(prediction: Prediction) -> Prediction:
-    """The same without what only a picture needs."""
-    return replace(prediction, outcome=replace(prediction.outcome, generators=[], learner=[], busy=[]))
 
 
 def table(predictions: Sequence[Prediction]) -> list[str]:

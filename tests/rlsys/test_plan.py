@@ -239,6 +239,14 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(
     assert said in error and len(error.splitlines()) == 1
 
 
+def test_other_cores_work_while_parts_of_one_thread_are_measured(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", minimal(tmp_path))
+    cores = len(os.sched_getaffinity(0))
+    assert _others(load_config(path, [])) == min(2, cores)
+    assert _others(load_config(path, ["rewarders.concurrency=4", "learner.ranks=2"])) == min(6, cores)
+    assert _others(load_config(path, ["generators.threads=2"])) == _others(load_config(path, ["learner.threads=2"])) == 0
+
+
 def test_prompts_that_do_not_fit_are_not_sampled(tmp_path: Path) -> None:
     content = measurable(tmp_path)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
@@ -322,6 +330,7 @@ def test_figures_are_measured_on_this_machine(tmp_path: Path, capsys: pytest.Cap
     ("arguments", "said"),
     [
         (["--devices", "-3"], "--devices -3: sampling and training need one each, so at least 2"),
+        (["--devices", "3000000"], "3000000 devices: a plan is made for at most 100000"),
         (["--device-memory", "nan"], "--device-memory nan: expected gigabytes of one device"),
         (["--set", "learner.step_options.devices=1.5"], "generators on 4 devices and a learner on 1.5 are no whole number of devices"),
         (["--html", "/nowhere/plan.html"], "/nowhere/plan.html: cannot be written"),

@@ -23,7 +23,7 @@ from actors.pacing import Pacer, PacingRule
 from actors.settings import ScheduleSettings
 from learner.line import BatchRule, Choice, Line
 from rlsys.planning.figures import Figures
-from rlsys.planning.limits import Split
+from rlsys.planning.limits import Split, full_rate
 
 Interval = tuple[float, float, str]
 
@@ -46,7 +46,7 @@ class Outcome:
     dropped: int
     """Groups that ended without a place in a batch: late, or without a token that is new enough."""
     capacity: float
-    """Tokens per second of all generators together."""
+    """Tokens per second of all generators together with every slot taken."""
     batch_tokens: list[float] = field(default_factory=list)
     """Sampled tokens of each iteration's batch."""
 
@@ -250,7 +250,7 @@ class Simulation:
             tokens=self._tokens,
             staleness_max=self._staleness_max,
             dropped=len(self._given_up),
-            capacity=sum(generator.device.total_rate for generator in self._generators),
+            capacity=full_rate(self._figures.sampling) * self._split.generators,
             batch_tokens=self._batch_tokens,
         )
 

@@ -119,6 +119,16 @@ def test_every_rank_and_thread_needs_a_core_and_a_judge_elsewhere_needs_none() -
     assert here == pytest.approx(10 + 40 * 7 + 2 * 5)
 
 
+def test_the_share_of_the_full_rate_is_that_of_full_slots() -> None:
+    """Ten slots, 100 tokens/s without end: full slots give 10 / (1 / 10 + 9 / 100) = 52.6 tokens/s, which sampling alone reaches."""
+    sampling = {"tokens_per_s_sample": 10, "tokens_per_s": 100, "slots": 10, "additive": True}
+    split, bounded = Split(generators=1, trainers=1), ScheduleSettings(name="bounded")
+    out = simulate(figures(sampling=sampling), split, bounded, iterations=16)
+    assert out.sampling_share() == pytest.approx(1.0, rel=0.02)
+    few = simulate(figures(sampling={**sampling, "additive": False, "slots": 5}), split, bounded, iterations=16)
+    assert few.sampling_share() == pytest.approx(1.0, rel=0.02), "5 slots of 10 tokens/s each never reach 100"
+
+
 def test_what_passes_samples_on_costs_nothing_where_devices_are_their_own() -> None:
     out = simulate(figures(ring_s=5), Split(generators=2, trainers=1), SYNCHRONOUS, iterations=4)
     assert out.s_per_iteration == pytest.approx(20)

@@ -33,7 +33,7 @@ def test_the_slurm_script_starts_the_run_here_and_lets_the_other_nodes_join(tmp_
     calls, run = tmp_path / "calls", tmp_path / "runs" / "one"
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "CONFIG": "c.yaml", "RUN": str(run),
-        "SLURM_NNODES": "3", "GENERATORS": "2",
+        "SLURM_NNODES": "3", "SLURM_GPUS_PER_NODE": "h100:2", "SLURM_CPUS_PER_TASK": "16", "SLURMD_NODENAME": "n1",
     }  # fmt: skip
     done = subprocess.run(["bash", str(FILES / "slurm.sbatch")], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3, f"the run's own exit code: {done.stderr}"
@@ -42,10 +42,10 @@ def test_the_slurm_script_starts_the_run_here_and_lets_the_other_nodes_join(tmp_
     options = build_parser().parse_args(shlex.split(up)[1:])
     assert (options.config, options.run_dir, options.resume) == (Path("c.yaml"), run, None)
     assert "transport.kind=tcp" in options.overrides and f"weights.directory={tmp_path / 'runs' / 'weights'}" in options.overrides
-    [srun] = [line for line in lines if line.startswith("srun")]
-    assert "--nodes=2" in srun
+    [srun] = [line for line in lines if line.startswith("srun") and "rlsys join" in line]
+    assert {"--nodes=2", "--ntasks=2", "--cpus-per-task=16", "--exclude=n1"} <= set(srun.split())
     joined = build_parser().parse_args(shlex.split(srun[srun.index("rlsys join") :])[1:])
-    assert (joined.token, joined.role, joined.count, joined.devices) == ("-", "generator", 2, "0,1")
+    assert (joined.token, joined.role, joined.count, joined.devices) == ("-", "generator", 2, "")
     assert "rlsys1.token" in lines, "the token goes over standard input"
 
     run.mkdir(parents=True)

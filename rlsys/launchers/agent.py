@@ -226,9 +226,7 @@ class Agent:
                 self._ended[identity] = code
                 del self._children[identity]
         rows += [[identity, 0, code] for identity, code in list(self._ended.items())[-256:] if identity not in {row[0] for row in rows}]
-        logs = (
-            {} if self._in_run_dir else {path.name: new for path in sorted((self._dir / "logs").glob("*.log*")) if (new := self._new(path))}
-        )
+        logs = {} if self._in_run_dir else {path.name: new for path in log_files(self._dir) if (new := self._new(path))}
         return HostReport(processes=rows, logs=logs, leaving=self._leaving, lacks=self._lacks)
 
     def _new(self, path: Path) -> bytes:
@@ -242,6 +240,11 @@ class Agent:
             data = file.read(LOG_BYTES)
             self._offsets[path.name] = file.tell()
         return data
+
+
+def log_files(directory: Path) -> list[Path]:
+    """What processes write here for people and for machines, and the run is to have."""
+    return sorted(path for path in (directory / "logs").glob("*") if path.suffix in (".log", ".jsonl"))
 
 
 def leave_on_signals(agent: Agent) -> None:

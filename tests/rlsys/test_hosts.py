@@ -18,7 +18,7 @@ from protocol.node import ProcessSpec
 from rlsys import __version__
 from rlsys.config import dump_config, parse_config
 from rlsys.hosts import TOKEN_FILE, Door, Grant, Host, fresh_identity
-from rlsys.launchers.agent import Agent
+from rlsys.launchers.agent import Agent, log_files
 from rlsys.rundir import WEIGHTS_PROBE
 from rlsys.token import Token, parse
 from tests.configuration import minimal
@@ -106,6 +106,13 @@ def test_only_the_present_token_opens_the_door(opened: Opened) -> None:
     opened.until(lambda: not many.is_alive(), "the end of one with a role that nobody may add")
     assert "hosts can add generators and rewarders" in many.said
     assert opened.events == []
+
+
+def test_the_logs_of_both_kinds_are_sent_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for name in ("generator-4.log", "generator-4.jsonl", "generator-4.jsonl.1", "server.txt"):
+        (tmp_path / "logs" / name).write_text("x")
+    assert [path.name for path in log_files(tmp_path)] == ["generator-4.jsonl", "generator-4.log"]
 
 
 def test_a_token_for_one_use_ends_with_it(opened: Opened) -> None:
@@ -197,11 +204,15 @@ def test_a_host_that_falls_silent_is_gone_with_all_that_ran_there(tmp_path: Path
         assert [row["environment"] for row in host.orders().wanted] == [{"OMP_NUM_THREADS": "1"}], "a temporary directory is the host's own"
         link.send(
             HostReport(
-                processes=[["generator-4@1", 77, None]], logs={"generator-4.log": b"hello\n", "x.log": b"no"}, leaving=False, lacks=""
+                processes=[["generator-4@1", 77, None]],
+                logs={"generator-4.log": b"hello\n", "generator-4.jsonl": b"{}\n", "x.log": b"no"},
+                leaving=False,
+                lacks="",
             )
         )
         opened.until(lambda: child.pid == 77, "its process is known")
-        assert child.tail() == ["hello"] and [p.name for p in (opened.run_dir / "logs").iterdir()] == ["generator-4.log"]
+        logs = opened.run_dir / "logs"
+        assert child.tail() == ["hello"] and sorted(p.name for p in logs.iterdir()) == ["generator-4.jsonl", "generator-4.log"]
         opened.until(lambda: opened.told == ["join", "gone"], "its silence is noticed")
         assert child.exit_code() == -9 and "host mute has been silent for" in child.how()
         transport.close()

@@ -116,7 +116,8 @@ def test_a_host_joins_with_the_right_token_alone_and_leaves_in_order(
     run.until(gone("generator-1"), "departure")
     assert members({joiner.process.pid, process["pid"]}) == []
     assert "starts" in out and not [p for p in Path("/tmp").glob(f"rlsys-{token.run_id[:8]}-*") if (p / "keys.json").exists()]
-    assert (run.path / "logs" / "generator-1.log").stat().st_size > 0, "its log came over"
+    for kind in ("log", "jsonl"):
+        assert (run.path / "logs" / f"generator-1.{kind}").stat().st_size > 0, "its logs came over, for people and for machines"
     ended(run)
     assert not (run.path / "join_token").exists()
 

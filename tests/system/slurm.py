@@ -166,6 +166,9 @@ class Slurm:
         host = [
             "nsenter",
             f"--net=/run/netns/{_namespace(name)}",
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
             "unshare",
             "--uts",
             "--mount",

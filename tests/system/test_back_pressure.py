@@ -13,7 +13,8 @@ import yaml
 from tests.system.conftest import Run
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "simulated.yaml"
-GROUPS, SIZE, ITERATIONS, SPEED = 16, 4, 16, 2000
+GROUPS, SIZE, ITERATIONS, SPEED = 16, 4, 16, 400
+"""At this speed an iteration under the slow stage takes 0.6 s, so that a status, a few of which come each second, sees the line full."""
 LINE = 2 * GROUPS
 """(S + 1) G groups under one_off."""
 LENGTHS = {"mean": 12000, "sigma": 0.5, "cap": 32000}

@@ -111,15 +111,20 @@ def test_the_context_ends_a_sample(engine: Engine) -> None:
 
 
 def test_abort_returns_what_was_sampled_and_leaves_others_alone(engine: Engine) -> None:
+    """A server goes on while the abort is on its way to it, so a few may end by themselves; what waits for a slot cannot."""
     engine.submit(request("kept", prompt(4, 1), (1,), max_tokens=20))
-    engine.submit(request("ended", prompt(5), tuple(range(6)), max_tokens=50))  # more samples than slots
-    assert not until_tokens(engine, "ended", 3)
+    engine.submit(request("ended", prompt(5), tuple(range(40)), max_tokens=50))  # ten times more samples than slots
+    before = until_tokens(engine, "ended", 3)
+    if before.keys() == {("kept", 0)}:
+        before |= until_tokens(engine, "ended", 3)
     engine.abort("ended")
     engine.abort("never heard of")
-    ended = drain(engine)
-    aborted = [ended.pop(("ended", i)) for i in range(6)]
-    assert {s.finish_reason for s in aborted} == {"abort"}
-    assert max(len(s.token_ids) for s in aborted) >= 3 and min(len(s.token_ids) for s in aborted) == 0
+    ended = before | drain(engine)
+    samples = [ended.pop(("ended", i)) for i in range(40)]
+    aborted = [s for s in samples if s.finish_reason == "abort"]
+    assert {s.finish_reason for s in samples} <= {"abort", "length"} and len(aborted) >= 20
+    assert max(len(s.token_ids) for s in samples) >= 3 and min(len(s.token_ids) for s in aborted) == 0
+    assert any(s.token_ids.size for s in aborted)
     assert all((s.spans[-1].end if s.spans else 0) == len(s.token_ids) == len(s.logprobs) for s in aborted)
     assert list(ended) == [("kept", 0)] and len(ended["kept", 0].token_ids) == 20
 

@@ -6,13 +6,14 @@ of its files, so that a torn or edited one is noticed and made anew. Two process
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import json
 import os
 import platform
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -59,12 +60,14 @@ def ensure_entry(name: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
         for stale in target.parent.glob("*.building"):  # of a builder that was killed: none takes an hour
             if time.time() - stale.stat().st_mtime > STALE_S:
                 shutil.rmtree(stale, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".building", dir=target.parent))
     except OSError as error:
-        raise DataError(
-            f"cannot write the quickstart's cache {target.parent}: {error.strerror}; name another place in RLSYS_CACHE."
-        ) from error
-    try:
+        raise _unwritable(target.parent, error) from error
+    aside = _beside(target)
+    try:  # the directory is made inside: an interrupt may come as soon as it stands, before a call that made it returns its name
+        try:
+            aside.mkdir(mode=0o700)
+        except OSError as error:
+            raise _unwritable(target.parent, error) from error
         build(aside)
         files = {str(path.relative_to(aside)): _sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         (aside / _LISTING).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
@@ -86,14 +89,24 @@ def is_whole(directory: Path) -> bool:
 def _install(aside: Path, target: Path) -> None:
     """Rename `aside` to `target`, in place of a broken entry, unless another process has put a whole one there meanwhile."""
     if target.exists() and not is_whole(target):
-        broken = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".broken", dir=target.parent))
-        target.replace(broken)
-        shutil.rmtree(broken)
+        broken = _beside(target)
+        with contextlib.suppress(FileNotFoundError):  # another process came first
+            target.replace(broken)
+        shutil.rmtree(broken, ignore_errors=True)
     try:
         aside.replace(target)
     except OSError:
         if not is_whole(target):
             raise
+
+
+def _beside(target: Path) -> Path:
+    """A name that nobody else has, which a later call sweeps away should this process be killed."""
+    return target.with_name(f"{target.name}.{secrets.token_hex(4)}.building")
+
+
+def _unwritable(cache: Path, error: OSError) -> DataError:
+    return DataError(f"cannot write the quickstart's cache {cache}: {error.strerror}; name another place in RLSYS_CACHE.")
 
 
 def _sha256(path: Path) -> str:

@@ -182,6 +182,24 @@ def test_the_warm_start_can_be_interrupted(tmp_path: Path, number: signal.Signal
     assert not list(entries.glob("base-*"))
 
 
+def test_an_interrupt_as_soon_as_the_directory_stands_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
+    made: list[str] = []
+    mkdir = os.mkdir
+
+    def interrupted(path: Any, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        if str(path).endswith(".building"):
+            made.append(str(path))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.ensure_entry("entry", lambda directory: None)
+    assert len(made) == 1
+    assert not list((tmp_path / "quickstart").iterdir())
+
+
 def test_what_a_killed_builder_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
     old, young = (tmp_path / "quickstart" / f"base-{name}.building" for name in ("old", "young"))

@@ -66,7 +66,7 @@ def stop_token_ids(model_dir: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = model_dir / name
         if path.is_file():
-            found = _read_object(path).get("eos_token_id")
+            found = read_object(path).get("eos_token_id")
             ids = [found] if isinstance(found, int) else found
             if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
                 return [int(i) for i in ids]
@@ -80,13 +80,14 @@ def context_length(model_dir: Path) -> int:
     path = model_dir / "config.json"
     if not os.access(path, os.R_OK):
         raise DataError(f"{model_dir}: no readable config.json; expected a Hugging Face model directory")
-    limit = _read_object(path).get("max_position_embeddings")
+    limit = read_object(path).get("max_position_embeddings")
     if not isinstance(limit, int) or limit < 1:
         raise DataError(f"{path}: max_position_embeddings is {limit!r}, expected the most tokens that the model was built for")
     return limit
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises DataError that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actors.pacing import PacingRule
+from actors.settings import ScheduleSettings
 from learner.line import BatchRule
 from rlsys.config import RunConfig
 
@@ -11,22 +12,27 @@ REFILL_ROUNDS = 4
 
 def pacing_rule(config: RunConfig) -> PacingRule:
     """What the dispatcher issues by."""
-    groups = config.sampling.groups_per_iteration
-    return PacingRule(
-        iterations=config.iterations,
-        groups_per_iteration=groups,
-        max_staleness=config.schedule.bound,
-        reorder=config.schedule.overtaking,
-        over_issue=config.schedule.over_issue,
-    )
+    return rules(config.schedule, config.iterations, config.sampling.groups_per_iteration)[0]
 
 
 def batch_rule(config: RunConfig) -> BatchRule:
     """What the learner closes batches by."""
-    groups, schedule, learner = config.sampling.groups_per_iteration, config.schedule, config.learner
+    groups, learner = config.sampling.groups_per_iteration, config.learner
     rounds = (learner.refill_rounds or REFILL_ROUNDS) if learner.zero_variance == "refill" else 0
-    return BatchRule(
-        iterations=config.iterations,
+    return rules(config.schedule, config.iterations, groups, refills=rounds * groups)[1]
+
+
+def rules(schedule: ScheduleSettings, iterations: int, groups: int, refills: int = 0) -> tuple[PacingRule, BatchRule]:
+    """Both rules of a schedule: the run's, and those that its plan is simulated with (rlsys/planning)."""
+    pacing = PacingRule(
+        iterations=iterations,
+        groups_per_iteration=groups,
+        max_staleness=schedule.bound,
+        reorder=schedule.overtaking,
+        over_issue=schedule.over_issue,
+    )
+    batching = BatchRule(
+        iterations=iterations,
         groups_per_iteration=groups,
         max_staleness=schedule.bound,
         stragglers=schedule.stragglers,
@@ -34,8 +40,9 @@ def batch_rule(config: RunConfig) -> BatchRule:
         over_issue=schedule.over_issue,
         reorder=schedule.overtaking,
         parts=schedule.parts,
-        refills=rounds * groups,
+        refills=refills,
     )
+    return pacing, batching
 
 
 def describe_schedule(config: RunConfig) -> str:

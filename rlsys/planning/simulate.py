@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 from actors.dispatcher import sample_seed
 from actors.engines.fluid import FluidDevice
 from actors.engines.lengths import Lengths
-from actors.pacing import Pacer, PacingRule
+from actors.pacing import Pacer
 from actors.settings import ScheduleSettings
-from learner.line import BatchRule, Choice, Line
+from learner.line import Choice, Line
 from rlsys.planning.figures import Figures
 from rlsys.planning.limits import Split, full_rate
+from rlsys.schedules import rules
 
 Interval = tuple[float, float, str]
 
@@ -424,28 +425,6 @@ class Simulation:
                 self._watch(index)
         self._at(self._now + (update if number else 0.0), "loaded", number)
         self._train()
-
-
-def rules(schedule: ScheduleSettings, iterations: int, groups: int) -> tuple[PacingRule, BatchRule]:
-    """What the dispatcher issues by and the learner closes batches by, without refill."""
-    pacing = PacingRule(
-        iterations=iterations,
-        groups_per_iteration=groups,
-        max_staleness=schedule.bound,
-        reorder=schedule.overtaking,
-        over_issue=schedule.over_issue,
-    )
-    batching = BatchRule(
-        iterations=iterations,
-        groups_per_iteration=groups,
-        max_staleness=schedule.bound,
-        stragglers=schedule.stragglers,
-        may_lag=schedule.may_lag(groups),
-        over_issue=schedule.over_issue,
-        reorder=schedule.overtaking,
-        parts=schedule.parts,
-    )
-    return pacing, batching
 
 
 def simulate(figures: Figures, split: Split, schedule: ScheduleSettings, *, iterations: int, seed: int = 0) -> Outcome:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.text import read_object
 from protocol.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
@@ -69,28 +70,18 @@ def _object(line: str, where: str) -> Row:
 def _directory(path: Path, split: str) -> Iterator[Row]:
     """A datasets.Dataset or DatasetDict as `save_to_disk` leaves it, or a directory of data files."""
     if (path / "dataset_dict.json").is_file():
-        splits = _read_object(path / "dataset_dict.json").get("splits", [])
+        splits = read_object(path / "dataset_dict.json").get("splits", [])
         if split not in splits:
             raise DataError(f"{path}: has no split {split!r}; it has: {', '.join(map(str, splits)) or 'none'}")
         path = path / split
     if (path / "state.json").is_file():
-        files = [path / str(entry["filename"]) for entry in _read_object(path / "state.json").get("_data_files", [])]
+        files = [path / str(entry["filename"]) for entry in read_object(path / "state.json").get("_data_files", [])]
     else:
         files = sorted(f for f in path.iterdir() if f.name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")))
     if not files:
         raise DataError(f"{path}: holds no data; expected *.jsonl, *.parquet, or what datasets' save_to_disk writes")
     for file in files:
         yield from read_rows(file, split)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -33,13 +33,13 @@ class FluidDevice(Generic[Key]):
             raise ValueError(f"a device of {sample_rate} tokens/s per sample, {total_rate} in all and {slots} slots; all must be above 0")
         self.sample_rate, self.total_rate, self.slots, self._additive = sample_rate, total_rate, slots, additive
         self.now = 0.0
-        self.tokens = 0.0
-        """Sampled since the start."""
         self.busy_s = 0.0
         """Time with something running or waiting, stalls included."""
         self._progress = 0.0
         self._heap: list[tuple[float, int, Key]] = []
         self._running: dict[Key, tuple[float, float, int]] = {}
+        """Progress at its start, tokens to sample, place in the order of starts."""
+        self._tokens_ended = 0.0
         self._waiting: deque[tuple[Key, float, float]] = deque()
         self._stalled_until = 0.0
         self._order = 0
@@ -53,6 +53,11 @@ class FluidDevice(Generic[Key]):
     def waiting(self) -> int:
         """Sequences that wait for a slot."""
         return len(self._waiting)
+
+    @property
+    def tokens(self) -> float:
+        """Sampled since the start. What has ended counts exactly, however many steps of time it took."""
+        return self._tokens_ended + sum(map(self.sampled, self._running))
 
     def active(self) -> list[Key]:
         """The running sequences."""
@@ -69,13 +74,14 @@ class FluidDevice(Generic[Key]):
 
     def sampled(self, key: Key) -> float:
         """Tokens of a running sequence so far."""
-        start, end, _ = self._running[key]
-        return min(self._progress, end) - start
+        start, tokens, _ = self._running[key]
+        return min(self._progress - start, tokens)
 
     def cancel(self, key: Key) -> float | None:
         """Take a sequence out. Returns its tokens so far; None when it never started or has ended."""
         if key in self._running:
             done = self.sampled(key)
+            self._tokens_ended += done
             del self._running[key]
             self._start_waiting()
             return done
@@ -109,7 +115,7 @@ class FluidDevice(Generic[Key]):
             self._pass(max(at, self.now), rate)
             self._progress = top[0]
             heapq.heappop(self._heap)
-            del self._running[top[2]]
+            self._tokens_ended += self._running.pop(top[2])[1]
             ended.append((self.now, top[2]))
             self._start_waiting()
         return ended
@@ -123,7 +129,6 @@ class FluidDevice(Generic[Key]):
         seconds = until - self.now
         if self._running:
             self.busy_s += seconds
-        self.tokens += rate * seconds * len(self._running)
         self._progress += rate * seconds
         self.now = until
 
@@ -143,6 +148,5 @@ class FluidDevice(Generic[Key]):
             if prefill_s:
                 self.stall(prefill_s)
             self._order += 1
-            end = self._progress + tokens
-            self._running[key] = (self._progress, end, self._order)
-            heapq.heappush(self._heap, (end, self._order, key))
+            self._running[key] = (self._progress, tokens, self._order)
+            heapq.heappush(self._heap, (self._progress + tokens, self._order, key))

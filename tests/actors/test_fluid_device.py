@@ -37,6 +37,20 @@ def test_many_share_the_device_and_speed_up_as_others_end() -> None:
     assert many.tokens == pytest.approx(70 * 300)
 
 
+def test_what_ended_counts_exactly_however_many_steps_it_took() -> None:
+    often = device(slots=3)
+    for i in range(50):
+        often.submit(f"{i}", 7)
+    while often.running:
+        often.advance(often.now + 0.0013)
+    assert often.tokens == 350
+    often.submit("a", 1100)
+    often.advance(often.now + 1.0)
+    assert often.tokens == pytest.approx(460)
+    often.cancel("a")
+    assert often.tokens == pytest.approx(460)
+
+
 def test_an_additive_device_does_one_after_the_other() -> None:
     """A step of 10 ms and 10 ms for each further sample: 50 samples take half a second for a token of each."""
     slow: FluidDevice[int] = FluidDevice(sample_rate=100.0, total_rate=100.0, slots=50, additive=True)

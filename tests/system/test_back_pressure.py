@@ -63,7 +63,8 @@ def test_a_slow_stage_stops_the_generators_by_pacing_and_no_memory_grows(
 
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if "memory/learner_0" in record]  # the first may come before a process has said its memory
-    assert len(records) >= ITERATIONS - 2 and max(r["queues/groups_outstanding"] for r in records) <= LINE
+    # A group is outstanding until its terminal state is known, which may come after the version that gave its place in the line away.
+    assert len(records) >= ITERATIONS - 2 and max(r["queues/groups_outstanding"] for r in records) <= LINE + GROUPS
     for name in (name for name in records[-1] if name.startswith("memory/")):
         values = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
         early = max(value for iteration, value in values if 3 < iteration <= ITERATIONS // 2)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import zmq
 
@@ -18,7 +17,7 @@ from protocol.addresses import split
 from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport
 from protocol.codec import encode
 from protocol.errors import WireError
-from protocol.messages import Ack, Credit, Hello, Inventory, Message
+from protocol.messages import Credit, Hello, Inventory, Message
 from protocol.strangers import UNKNOWN, Patience
 from tests.protocol.examples import equal, example
 
@@ -110,13 +109,14 @@ def test_garbage_is_refused_and_does_not_stop_the_channel(transport: Transport) 
 
 
 def test_sending_to_a_peer_that_is_gone_says_so(transport: Transport) -> None:
-    server = Endpoint(transport, "trajectories", "trajectories")
-    link = Link(transport, "trajectories", "rewarder-0@1", server.address, "learner-0@1")
-    link.send(hello("rewarder-0@1"))
-    wait_for(server)
+    server = Endpoint(transport, "tasks", "tasks")
+    link = Link(transport, "tasks", "generator-0@1", server.address, "dispatcher-0@1")
+    link.send(hello("generator-0@1"))
+    [(peer, _)] = wait_for(server)
+    assert server.send(peer, example("GroupTask"))
     link.close()
     end = time.monotonic() + DEADLINE_S
-    while server.send("rewarder-0@1", Ack(keys=np.zeros((0, 3), np.int64))):
+    while server.send(peer, Inventory(number=1)):
         assert time.monotonic() < end, "the endpoint never noticed that its peer is gone"
     assert not server.send("rewarder-9@1", Credit(total=1))
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import select
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def _judge_once(cells: Sequence[Cell], candidate: Program, judge: Program, limit
             judged = Running(cells[0], candidate, b"", limits, extras=[theirs.fileno()])
             patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
             judging = Running(cells[1], judge, b"", patience, extras=[ours.fileno(), report])
-        execution, judgement, suspect = converse(judged, judging, limits)
+        execution, judgement, _, suspect = converse(judged, judging, limits)
         text = os.pread(report, _LONGEST_REPORT_BYTES, 0)
     finally:
         os.close(report)
@@ -90,11 +91,13 @@ def _join_once(cells: Sequence[Cell], candidate: Program, judge: Program, limits
         judged = Running(cells[0], candidate, b"", limits, extras=[theirs.fileno()])
         patience = dataclasses.replace(_JUDGE_LIMITS, wall_s=limits.wall + 30)
         judging = Running(cells[1], judge, b"", patience, extras=[ours.fileno()])
-    return converse(judged, judging, limits)
+    execution, judgement, _, suspect = converse(judged, judging, limits)
+    return execution, judgement, suspect
 
 
 def run_interactive(pool: CellPool, candidate: Program, interactor: Program, limits: Limits) -> tuple[Execution, Execution, bool]:
-    """Let a program talk to its interactor: each one's stdout is the other's stdin.
+    """Let a program talk to its interactor: each one's stdout is the other's stdin. One that was ended because it stayed too long after the
+    interactor, with processor time left, may have been held up by the machine: it runs once more.
 
     Returns the program's execution, the interactor's, and whether the program ended first. Raises InfrastructureFault.
     """
@@ -120,9 +123,8 @@ def _interact_once(
     finally:
         for end in pipes:
             os.close(end)
-    first = select.select([judged, judging], [], [], limits.wall + 60)[0]
-    execution, judgement, suspect = converse(judged, judging, limits)
-    return execution, judgement, judged in first and judging not in first, suspect
+    execution, judgement, first, suspect = converse(judged, judging, limits)
+    return execution, judgement, first, suspect or (execution.exit_code == -signal.SIGKILL and execution.cpu_s < limits.cpu_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,9 +188,7 @@ def _communicate_once(
         for end in (end for four in pipes for end in four):
             os.close(end)
     waiting: list[Running] = [managing, *processes]
-    early: list[Running] = []
     while managing in waiting:
-        early = [job for job in processes if job not in waiting]
         ready = select.select(waiting, [], [], limits.wall + 60)[0]
         if not ready:
             raise CellError("neither the manager nor the processes ended in time")
@@ -198,15 +198,17 @@ def _communicate_once(
     for job in processes:
         if not select.select([job], [], [], 0)[0]:
             job.cell.end_job()
-    managed, _ = managing.collect()
-    ended = [job.collect() for job in sorted(processes, key=lambda job: job not in early)]
-    return [execution for execution, _ in ended], managed, len(early), any(is_suspect(*end, limits) for end in ended)
+    managed, its_end = managing.collect()
+    ended = sorted((job.collect() for job in processes), key=lambda end: end[1].ended_us >= its_end.ended_us)
+    num_early = sum(report.ended_us < its_end.ended_us for _, report in ended)
+    return [execution for execution, _ in ended], managed, num_early, any(is_suspect(*end, limits) for end in ended)
 
 
-def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Execution, Execution, bool]:
+def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Execution, Execution, bool, bool]:
     """Wait for both jobs to end; the judged side is ended soon after the judge.
 
-    Returns both executions and whether the judged one may have been cut by the machine's fault. Raises CellError when a cell broke.
+    Returns both executions, whether the judged one ended first (by the cells' clocks: on a busy machine both ends may be heard of at once),
+    and whether it may have been cut by the machine's fault. Raises CellError when a cell broke.
     """
     try:
         waiting = [judged, judging]
@@ -219,10 +221,10 @@ def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Executi
             judged.cell.end_job()
     finally:
         try:
-            judgement, _ = judging.collect()
+            judgement, its_end = judging.collect()
         finally:
             execution, report = judged.collect()
-    return execution, judgement, is_suspect(execution, report, limits)
+    return execution, judgement, report.ended_us < its_end.ended_us, is_suspect(execution, report, limits)
 
 
 def _why_gone(execution: Execution, reason: str) -> Verdict:

@@ -24,7 +24,7 @@ CUT_BY_NOTHING, CUT_BY_WALL, CUT_BY_OWNER = range(3)
 READY, FAILED, END = b"ready", b"failed: ", b"end"
 
 _JOB = struct.Struct("=iiqqqq")
-_REPORT = struct.Struct("=iiiqqqi")
+_REPORT = struct.Struct("=iiiqqqiq")
 
 
 class Job(NamedTuple):
@@ -69,6 +69,8 @@ class Report(NamedTuple):
     peak_kib: int
     strays: int
     """Processes that it left behind, all killed."""
+    ended_us: int
+    """When, on the clock that all processes of a host share; before its lines were closed, so before whoever saw them close ended."""
 
     def pack(self) -> bytes:
         """The packet."""

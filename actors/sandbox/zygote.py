@@ -141,21 +141,22 @@ class Zygote:
             steps = self._confinement(asked, len(descriptors)) if self._is_pid_1 else ()
         except struct.error as error:
             os.write(descriptors[3], f"limits that no kernel takes: {error}".encode())
-            return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0)
+            return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0, 0)
         started_s = time.monotonic()
         pid = linux.raw_fork()
         if pid == 0:
             self._become_job(asked, descriptors, steps)
         if pid < 0:
             os.write(descriptors[3], b"fork failed")
-            return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0)
+            return wire.Report(0, wire.CUT_BY_NOTHING, 0, 0, 0, 0, 0, 0)
         self._running = pid
         cut = self._wait(pid, started_s + asked.wall_s)
         _, status, cpu_us, peak_kib = linux.reap(pid)
-        wall_us = int((time.monotonic() - started_s) * 1e6)
+        ended_s = time.monotonic()
         strays = self._reap_strays(pid)
         self._running = 0
-        return wire.Report(os.waitstatus_to_exitcode(status), cut, self._started[0], cpu_us, wall_us, peak_kib, strays)
+        wall_us, ended_us = int((ended_s - started_s) * 1e6), int(ended_s * 1e6)
+        return wire.Report(os.waitstatus_to_exitcode(status), cut, self._started[0], cpu_us, wall_us, peak_kib, strays, ended_us)
 
     def _confinement(self, asked: wire.Job, num_descriptors: int) -> tuple[linux.Step, ...]:
         """Jobs of one run differ in few ways, so their steps are kept."""

@@ -11,7 +11,7 @@ from actors.sandbox import MIB, Limits, Outcome, wire
 from actors.sandbox.execution import judge
 
 LIMITS = Limits(cpu_s=0.5, wall_s=1.5, memory_bytes=128 * MIB, output_bytes=MIB)
-WELL = wire.Report(exit_code=0, cut=wire.CUT_BY_NOTHING, started=1, cpu_us=1000, wall_us=1000, peak_kib=1 << 10, strays=0)
+WELL = wire.Report(exit_code=0, cut=wire.CUT_BY_NOTHING, started=1, cpu_us=1000, wall_us=1000, peak_kib=1 << 10, strays=0, ended_us=2000)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors.rewards import Sample, Score
 from actors.rewards.unit_tests import UnitTests
+from actors.sandbox import Limits, conversation, wire
+from actors.sandbox.execution import Program, Running
+from actors.sandbox.runner import Sandbox
 from protocol.errors import DataError
 
 TESTS = [{"input": f"{n}\n", "output": f"{n}\n"} for n in (6, 15, 28)]
@@ -85,6 +89,16 @@ IOI = {
 @pytest.fixture(scope="module")
 def reward() -> Iterator[UnitTests]:
     reward = UnitTests({"cells": 1, "min_time_limit_s": 1, "max_time_limit_s": 1})
+    try:
+        yield reward
+    finally:
+        reward.close()
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[UnitTests]:
+    """For programs that wait for what never comes: their wall time is three times this and a second."""
+    reward = UnitTests({"cells": 1, "min_time_limit_s": 0.1, "max_time_limit_s": 0.1})
     try:
         yield reward
     finally:
@@ -169,10 +183,33 @@ def test_broken_judges_are_errors_of_the_data(reward: UnitTests, fields: dict[st
         ("input()", "time_limit"),
     ],
 )
-def test_an_interactor_talks_to_the_program(reward: UnitTests, source: str, status: str) -> None:
+def test_an_interactor_talks_to_the_program(reward: UnitTests, hasty: UnitTests, source: str, status: str) -> None:
     problem = {"id": "guess", "tests": TESTS, "interactor_source": GUESS_INTERACTOR, "interactor_language": "python"}
-    result = score(reward, problem, source)
+    result = score(hasty if source == "input()" else reward, problem, source)
     assert result.status == status, result
+
+
+@pytest.mark.parametrize(
+    ("program", "interactor", "first"),
+    [("print('? 5', flush=True)\n1 / 0", "import sys\nsys.stdin.read()", True), ("input()", "import sys\nsys.exit(1)", False)],
+    ids=["the program", "the interactor"],
+)
+def test_who_ended_first_is_known_also_to_a_judge_that_looks_late(
+    monkeypatch: pytest.MonkeyPatch, program: str, interactor: str, first: bool
+) -> None:
+    """On a busy machine both have ended when it is looked."""
+    select = conversation.select.select
+
+    def late(jobs: list[Running], *rest: Any) -> Any:
+        for job in jobs:
+            select([job], *rest)
+        return select(jobs, *rest)
+
+    monkeypatch.setattr(conversation, "select", SimpleNamespace(select=late))
+    candidate, judge = (Program(kind=wire.PYTHON, content=source.encode()) for source in (program, interactor))
+    with Sandbox(2) as sandbox:
+        ended = [conversation.run_interactive(sandbox.pool, candidate, judge, Limits(cpu_s=10))[2] for _ in range(5)]
+    assert ended == [first] * 5
 
 
 def test_an_interaction_in_cpp(reward: UnitTests) -> None:

@@ -20,7 +20,8 @@ from protocol.messages import Heartbeat, Message, Peers, Register, Stop
 from protocol.node import Node, ProcessSpec
 
 RUN_ID = "00000000000000ab"
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
+"""Of a wait for what must come: far above what a machine needs that does something else as well."""
 M = TypeVar("M", bound=Message)
 
 

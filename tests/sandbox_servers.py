@@ -28,7 +28,7 @@ class Served:
     def token(self) -> str:
         return self.token_file.read_text().strip()
 
-    def end(self, deadline_s: float = 30.0) -> int:
+    def end(self, deadline_s: float = 120.0) -> int:
         """SIGTERM; the exit code."""
         self.process.terminate()
         return self.process.wait(timeout=deadline_s)
@@ -54,11 +54,11 @@ def served(directory: Path, *arguments: str) -> Iterator[Served]:
         yield Served(process, json.loads(line)["address"], token_file, errors)
         if process.poll() is None:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=120)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "every cell of the server ended")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=30)
+            process.wait(timeout=120)
         if process.stdout is not None:
             process.stdout.close()

@@ -30,7 +30,7 @@ def descendants(*roots: int) -> set[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 120.0) -> None:
     """Poll `condition` until it holds; fail at the deadline."""
     end = time.monotonic() + deadline_s
     while not condition():

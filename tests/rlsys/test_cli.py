@@ -57,7 +57,7 @@ def check_and_list_heavy_imports(*configs: str, **environment: str) -> subproces
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
         cwd=ROOT,
         env={**os.environ, **environment},
@@ -67,7 +67,7 @@ def check_and_list_heavy_imports(*configs: str, **environment: str) -> subproces
 def rlsys(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it."""
     return subprocess.run(
-        [sys.executable, "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=60, check=False, cwd=cwd,
+        [sys.executable, "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=600, check=False, cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 

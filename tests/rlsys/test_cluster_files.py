@@ -35,7 +35,7 @@ def test_the_slurm_script_starts_the_run_here_and_lets_the_other_nodes_join(tmp_
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "CONFIG": "c.yaml", "RUN": str(run),
         "SLURM_NNODES": "3", "SLURM_GPUS_PER_NODE": "h100:2", "SLURM_CPUS_PER_TASK": "16", "SLURMD_NODENAME": "n1",
     }  # fmt: skip
-    done = subprocess.run(["bash", str(FILES / "slurm.sbatch")], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", str(FILES / "slurm.sbatch")], env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 3, f"the run's own exit code: {done.stderr}"
     lines = calls.read_text().splitlines()
     [up] = [line for line in lines if line.startswith("rlsys up")]
@@ -50,7 +50,7 @@ def test_the_slurm_script_starts_the_run_here_and_lets_the_other_nodes_join(tmp_
 
     run.mkdir(parents=True)
     (run / "ledger.sqlite").touch()
-    subprocess.run(["bash", str(FILES / "slurm.sbatch")], env=environment, capture_output=True, timeout=60, check=False)
+    subprocess.run(["bash", str(FILES / "slurm.sbatch")], env=environment, capture_output=True, timeout=600, check=False)
     assert any(line.startswith(f"rlsys up --resume {run}") for line in calls.read_text().splitlines()), "submitted again it goes on"
 
 

@@ -26,7 +26,7 @@ from rlsys.top import top
 from rlsys.why import why
 from tests.configuration import minimal
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 SHOWN = {
     "iterations": 9,
     "rewards": [0.5],
@@ -106,7 +106,8 @@ class Threads:
 
 
 def test_a_run_that_ends_says_so_and_leaves_no_figures_of_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = parse_config({**minimal(tmp_path), "iterations": 9}, "test")
+    deadlines = {"shutdown_s": 2 * DEADLINE_S, "heartbeat_s": 5 * DEADLINE_S, "busy_s": 5 * DEADLINE_S}  # a machine may stall
+    config = parse_config({**minimal(tmp_path), "iterations": 9, "deadlines": deadlines}, "test")
     directory = RunDir(tmp_path / "run")
     directory.claim(config)
     threads = Threads()

@@ -24,13 +24,13 @@ from rlsys.token import Token, parse
 from tests.configuration import minimal
 
 RUN_ID = "00000000000000ab"
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 class Opened:
     """A door with what lies behind it; `events` are what it told the supervisor."""
 
-    def __init__(self, tmp_path: Path, silent_s: float) -> None:
+    def __init__(self, tmp_path: Path) -> None:
         self.run_dir, self.weights = tmp_path / "run", tmp_path / "weights"
         for directory in (self.run_dir / "logs", self.weights):
             directory.mkdir(parents=True)
@@ -39,7 +39,7 @@ class Opened:
         self.keys = Keys.make()
         grant = Grant(
             epoch=1, control="tcp://127.0.0.1:9", keys=self.keys, config=lambda: config, run_dir=self.run_dir,
-            weights_dir=self.weights, silent_s=silent_s,
+            weights_dir=self.weights, silent_s=10 * DEADLINE_S,
         )  # fmt: skip
         self.door = Door(RUN_ID, "127.0.0.1", grant)
         self.events: list[tuple[str, Host]] = []
@@ -50,6 +50,10 @@ class Opened:
     @property
     def told(self) -> list[str]:
         return [name for name, _ in self.events]
+
+    def lose_patience(self) -> None:
+        """From now on a host that says nothing for half a second is silent."""
+        self.door._grant = replace(self.door._grant, silent_s=0.5)
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         end = time.monotonic() + DEADLINE_S
@@ -65,8 +69,9 @@ class Opened:
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Opened]:
-    made = Opened(tmp_path, silent_s=20.0)
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
+    monkeypatch.setattr("rlsys.launchers.agent.ANSWER_S", DEADLINE_S)
+    made = Opened(tmp_path)
     yield made
     made.door.close("the test is over")
 
@@ -188,11 +193,10 @@ def answer(opened: Opened, server_key: str, message: Message, wait_s: float = DE
         transport.close()
 
 
-def test_a_host_that_falls_silent_is_gone_with_all_that_ran_there(tmp_path: Path) -> None:
-    opened = Opened(tmp_path, silent_s=0.6)
+def test_a_host_that_falls_silent_is_gone_with_all_that_ran_there(opened: Opened) -> None:
+    token = opened.token()
+    transport = Transport(0, None, "127.0.0.1", Keys.make(), server_key=token.server_key.encode())
     try:
-        token = opened.token()
-        transport = Transport(0, None, "127.0.0.1", Keys.make(), server_key=token.server_key.encode())
         link = Link(transport, "hosts", fresh_identity(), opened.door.end.address, "supervisor")
         link.send(JoinRequest(secret=token.secret, run_id=RUN_ID, version=__version__, name="mute", role="generator", count=1))
         link.send(HostReport(processes=[], logs={}, leaving=False, lacks=""))
@@ -213,11 +217,11 @@ def test_a_host_that_falls_silent_is_gone_with_all_that_ran_there(tmp_path: Path
         opened.until(lambda: child.pid == 77, "its process is known")
         logs = opened.run_dir / "logs"
         assert child.tail() == ["hello"] and sorted(p.name for p in logs.iterdir()) == ["generator-4.jsonl", "generator-4.log"]
+        opened.lose_patience()
         opened.until(lambda: opened.told == ["join", "gone"], "its silence is noticed")
         assert child.exit_code() == -9 and "host mute has been silent for" in child.how()
-        transport.close()
     finally:
-        opened.door.close("the test is over")
+        transport.close()
 
 
 def test_the_runs_other_sockets_take_nobody_whom_the_door_did_not_let_in(opened: Opened) -> None:

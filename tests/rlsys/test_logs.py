@@ -88,7 +88,7 @@ def test_a_file_that_somebody_appends_to_is_bounded(tmp_path: Path) -> None:
 
 def test_merging(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     now = now_s()
-    write(directory, "learner-0", (now - 600, "info", "old"), (now - 20, "info", "b"), (now - 5, "error", "d"))
+    write(directory, "learner-0", (now - 7200, "info", "old"), (now - 20, "info", "b"), (now - 5, "error", "d"))
     write(directory, "generator-0", (now - 30, "warning", "a"), (now - 10, "info", "c"))
     write(directory, "generator-1", (now - 1, "warning", "e"))
     with (directory / "logs" / "generator-1.jsonl").open("a") as file:
@@ -98,11 +98,11 @@ def test_merging(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return [r["message"] for r in merged(directory / "logs", **chosen)]  # type: ignore[arg-type]
 
     assert messages() == ["old", "a", "b", "c", "d", "e"]
-    assert messages(since_s=now - 60) == ["a", "b", "c", "d", "e"]
+    assert messages(since_s=now - 3600) == ["a", "b", "c", "d", "e"]
     assert messages(level="warning") == ["a", "d", "e"]
     assert messages(role="generator") == ["a", "c", "e"]
     assert messages(role="generator-1") == ["e"]
-    assert show_merged(directory, None, "1m", "warning", as_json=True) == 0
+    assert show_merged(directory, None, "1h", "warning", as_json=True) == 0
     assert [json.loads(line)["message"] for line in capsys.readouterr().out.splitlines()] == ["a", "d", "e"]
 
 

@@ -34,7 +34,7 @@ def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
 
 
 def limits() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (5, 6))
+    resource.setrlimit(resource.RLIMIT_CPU, (120, 121))
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
@@ -57,7 +57,7 @@ CHILD = """if True:
 def execute(runs: list[tuple[str, str]]) -> list[str | None]:
     """What each program prints for its stdin, None where it fails. All run in one child with limits, as starting a child takes longest."""
     command = [sys.executable, "-I", "-S", "-c", CHILD]
-    done = subprocess.run(command, input=json.dumps(runs), capture_output=True, text=True, timeout=60, preexec_fn=limits, check=True)
+    done = subprocess.run(command, input=json.dumps(runs), capture_output=True, text=True, timeout=600, preexec_fn=limits, check=True)
     printed: list[str | None] = json.loads(done.stdout)
     assert len(printed) == len(runs)
     return printed

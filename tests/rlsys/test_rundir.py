@@ -43,7 +43,7 @@ def test_a_claimed_directory_is_held_and_holds_the_configuration(tmp_path: Path,
 
 def test_looking_who_holds_it_does_not_disturb_a_claim(tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """`holder` has the lock for an instant; a claim at that instant waits for it."""
-    monkeypatch.setattr(rundir, "PROBE_S", 20.0)
+    monkeypatch.setattr(rundir, "PROBE_S", 120.0)
     path = tmp_path / "run"
     path.mkdir()
     probe = os.open(path / "lock", os.O_RDONLY | os.O_CREAT)
@@ -53,7 +53,7 @@ def test_looking_who_holds_it_does_not_disturb_a_claim(tmp_path: Path, config: R
     claim.start()
     assert not (path / "config.yaml").exists()
     os.close(probe)
-    claim.join(20.0)
+    claim.join(120.0)
     assert (path / "config.yaml").exists()
     directory.release()
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ import pytest
 from actors.rewards import Sample
 from actors.rewards.sandbox_service import SandboxService
 from protocol.errors import ConfigError, DataError, InfrastructureFault
+from protocol.intervals import Recorder, record_here
 from rlsys.sandbox_service.api import openapi
 from tests.actors.processes import descendants, wait_until
 from tests.sandbox_servers import Served, served
@@ -43,7 +46,7 @@ def ask(
     server: Served, path: str, body: Any = None, *, token: str | None = None, raw: bytes | None = None
 ) -> tuple[int, Any, dict[str, str]]:
     """One request; the answer is checked against the OpenAPI document."""
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=600)
     try:
         headers = {"Authorization": f"Bearer {server.token if token is None else token}"} if token != "" else {}
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
@@ -127,7 +130,7 @@ def test_what_is_no_json_or_too_large_or_elsewhere(server: Served) -> None:
 
 def test_a_body_that_cannot_be_unpacked_is_the_clients_fault(server: Served) -> None:
     headers = {"Authorization": f"Bearer {server.token}", "Content-Encoding": "gzip"}
-    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)) as connection:
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=600)) as connection:
         connection.request("POST", "/v1/execute", b"no gzip", headers)
         response = connection.getresponse()
         answer = json.loads(response.read())
@@ -137,7 +140,7 @@ def test_a_body_that_cannot_be_unpacked_is_the_clients_fault(server: Served) -> 
 
 
 def test_what_is_no_http_is_one_line_in_the_log(server: Served) -> None:
-    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)) as connection:
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=600)) as connection:
         connection.request("GET", "/" + "a" * 9_000)
         assert connection.getresponse().status == 400
     wait_until(lambda: "no HTTP" in server.errors.read_text(), "it is told")
@@ -174,43 +177,58 @@ def test_a_hundred_at_once_each_get_their_own_verdict(server: Served) -> None:
     assert (health["running"], health["waiting"], health["status"]) == (0, 0, "ok")
 
 
-SLOW: dict[str, Any] = {
-    "program": "import time\ntime.sleep(1.5)\n" + ADD,
-    "problem": {**PROBLEM, "tests": PROBLEM["tests"][:1]},
-    "options": LIMITS,
-}
+@contextmanager
+def held(server: Served) -> Iterator[None]:
+    """Its cells stand still, so that what is judged stays so until the end of the block (not longer than a cell may be silent, 20 s)."""
+    cells = descendants(server.process.pid)
+    for pid in cells:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in cells:
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_a_full_queue_says_when_to_come_again_and_a_late_verdict_is_none(tmp_path: Path) -> None:
-    with served(tmp_path, "--cells", "1", "--queue", "3") as small:
-        answers = asyncio.run(many(small, [SLOW] * 12))
-        codes = [code for code, _, _ in answers]
-        assert codes.count(200) == 4 and codes.count(503) == 8, codes
-        assert all(answer["error"]["code"] == "busy" and int(again or 0) >= 1 for code, answer, again in answers if code == 503)
-        late = asyncio.run(many(small, [SLOW, {**SLOW, "deadline_s": 0.2}]))
-        assert sorted(code for code, _, _ in late) == [200, 504]
+    program = {"program": ADD, "problem": PROBLEM, "options": LIMITS}
+    sample = Sample(problem=PROBLEM, completion=f"```python\n{ADD}\n```", truncated=False)
+    recorder = Recorder("test")
+
+    def scored() -> bool:
+        record_here(recorder)
+        return reward.score(sample).passed
+
+    with served(tmp_path, "--cells", "1", "--queue", "3") as small, ThreadPoolExecutor(2) as threads:
         reward = SandboxService({"url": small.url, "token_file": small.token_file, "options": LIMITS})
-        shorter = {**SLOW, "program": SLOW["program"].replace("1.5", "0.7")}
-        blocked = threading.Thread(target=lambda: asyncio.run(many(small, [shorter] * 4)))
-        blocked.start()
-        wait_until(lambda: ask(small, "/healthz", token="")[1]["waiting"] == 3, "a full queue")
-        sample = Sample(problem=PROBLEM, completion=f"```python\n{ADD}\n```", truncated=False)
-        assert reward.score(sample).passed, "it waits until there is room"
-        blocked.join()
-        reward.close()
+        with held(small):
+            full = threads.submit(asyncio.run, many(small, [program] * 4))
+            wait_until(lambda: [ask(small, "/healthz", token="")[1][what] for what in ("running", "waiting")] == [1, 3], "a full queue")
+            for code, answer, again in asyncio.run(many(small, [program] * 8)):
+                assert (code, answer["error"]["code"]) == (503, "busy") and int(again or 0) >= 1, answer
+            passed = threads.submit(scored)
+            wait_until(lambda: "waiting:sandbox" in recorder.totals(), "the reward was told to come again")
+        assert [code for code, _, _ in full.result()] == [200] * 4
+        with closing(reward):
+            assert passed.result(), "it waits until there is room"
+        with held(small):
+            first = threads.submit(asyncio.run, many(small, [program]))
+            wait_until(lambda: ask(small, "/healthz", token="")[1]["running"] == 1, "it is being judged")
+            assert [code for code, _, _ in asyncio.run(many(small, [{**program, "deadline_s": 0.2}]))] == [504]
+        assert [code for code, _, _ in first.result()] == [200]
 
 
 def test_sigterm_ends_it_and_its_cells_in_the_middle_of_a_program(tmp_path: Path) -> None:
-    with served(tmp_path, "--cells", "2", "--grace", "0.2") as server:
+    with served(tmp_path, "--cells", "2", "--grace", "0.2", "--deadline", "600") as server:
         found: list[tuple[int, Any, str | None]] = []
-        forever = {**SLOW, "program": "import time\ntime.sleep(60)", "options": {"min_time_limit_s": 12}}
+        forever = {"program": "import time\ntime.sleep(3600)", "problem": PROBLEM, "options": {"min_time_limit_s": 60}}
         client = threading.Thread(target=lambda: found.extend(asyncio.run(many(server, [forever]))))
         client.start()
         wait_until(lambda: ask(server, "/healthz", token="")[1]["running"] == 1, "it is being judged")
         below = descendants(server.process.pid)
         assert below
         assert server.end() == 0, server.errors.read_text()
-        client.join(10)
+        client.join(120)
         assert [(code, answer["error"]["code"]) for code, answer, _ in found] == [(503, "ending")], "no verdict, and the client knows"
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "its cells are gone")
 
@@ -289,7 +307,7 @@ def test_bad_command_lines_are_one_sentence(tmp_path: Path, arguments: list[str]
         [sys.executable, "-P", "-m", "rlsys", "sandbox", "serve", *given, *token, *cells],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -300,5 +318,5 @@ def test_a_killed_server_takes_its_cells_along(tmp_path: Path) -> None:
         below = descendants(server.process.pid)
         assert len(below) >= 2, "two cells run below the server"
         server.process.send_signal(signal.SIGKILL)
-        server.process.wait(timeout=10)
+        server.process.wait(timeout=120)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the kernel ends the cells")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def test_threads_share_the_cells(sandbox: Sandbox) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
@@ -197,7 +198,7 @@ def test_cells_that_keep_dying_are_a_fault_and_never_a_verdict() -> None:
                 sandbox.run(python("import time; time.sleep(20)"), limits=Limits(wall_s=30))
         finally:
             stop.set()
-            killer.join(20)
+            killer.join(120)
 
 
 def test_a_fork_that_fails_is_a_fault() -> None:
@@ -215,6 +216,7 @@ def test_a_fork_that_fails_is_a_fault() -> None:
 
 
 def test_close_leaves_no_process_and_no_descriptor() -> None:
+    gc.collect()  # what tests before this one dropped is closed now, and not in between
     descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     before = descendants(os.getpid())
     sandbox = Sandbox(2)
@@ -251,7 +253,7 @@ def test_cells_die_with_an_owner_that_is_killed(sandbox: Sandbox, profile: str) 
         family = descendants(owner.pid)
     finally:
         owner.kill()
-        owner.wait(20)
+        owner.wait(120)
         if owner.stdout:
             owner.stdout.close()
     wait_until(lambda: not any(_alive(pid) for pid in family), "all cells of the dead owner ended")

@@ -95,7 +95,7 @@ def test_a_closed_session_leaves_a_clean_cell(sandbox: Sandbox) -> None:
         assert session.run("open('/tmp/x', 'w').write('x')").output == "1\n"
     session.close()
     session.close()
-    assert descendants(os.getpid()) == before and sandbox.pool.cells_replaced == 0
+    assert descendants(os.getpid()) <= before and sandbox.pool.cells_replaced == 0
     clean = sandbox.run(Program(kind=wire.PYTHON, content=b"import os; print(os.listdir('.'))"))
     assert clean.stdout == b"[]\n"
 

@@ -66,7 +66,7 @@ def request(name: str, prompt_ids: npt.NDArray[np.int32], seeds: tuple[int, ...]
     return SampleRequest(request_id=name, prompt_ids=prompt_ids, seeds=seeds, sampling=Sampling(max_tokens=max_tokens, **sampling))
 
 
-def until_tokens(engine: Engine, name: str, count: int, deadline_s: float = 60.0) -> dict[tuple[str, int], Sampled]:
+def until_tokens(engine: Engine, name: str, count: int, deadline_s: float = 300.0) -> dict[tuple[str, int], Sampled]:
     """Step until a running sample of the request has `count` tokens, or any sample ended; returns those that did."""
     until, ended = time.monotonic() + deadline_s, {}
     while not ended and engine.load.progress.get(name, 0) < count:
@@ -85,7 +85,7 @@ def in_flight(engine: Engine, name: str, seeds: tuple[int, ...], *, count: int, 
     raise AssertionError(f"no request was seen running with {count} of {max_tokens} tokens")
 
 
-def drain(engine: Engine, deadline_s: float = 60.0) -> dict[tuple[str, int], Sampled]:
+def drain(engine: Engine, deadline_s: float = 300.0) -> dict[tuple[str, int], Sampled]:
     """Step until nothing runs or waits; (request_id, position) -> completion, each exactly once."""
     until, ended = time.monotonic() + deadline_s, {}
     while True:

@@ -66,7 +66,7 @@ def test_a_channel_works_over_either_family_with_keys(host: str) -> None:
         link.send(Finished(identity="learner-0@1", error=""))
         poller = Poller()
         poller.add(end)
-        assert poller.wait(20)
+        assert poller.wait(120)
         assert list(end.receive()) == [("learner-0@1", Finished(identity="learner-0@1", error=""))]
     finally:
         transport.close()

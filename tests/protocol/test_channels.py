@@ -22,7 +22,7 @@ from protocol.strangers import UNKNOWN, Patience
 from tests.protocol.examples import equal, example
 
 RUN = 7
-DEADLINE_S = 10.0
+DEADLINE_S = 120.0
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_peer_says_only_what_its_role_may_under_its_own_name_and_epoch(transpo
     for identity, message in cases.items():
         Link(transport, "completions", identity, server.address, "rewarder-0@1").send(message)
     got: list[str] = []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S
     while server.refused < 3 or not got:
         got += [peer for peer, _ in server.receive()]
         assert time.monotonic() < deadline, (server.refused, got)
@@ -215,7 +215,7 @@ def test_one_call_takes_no_more_than_its_share(transport: Transport, monkeypatch
     for _ in range(35):
         link.send(hello("generator-0@1"))
     sizes: list[int] = []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S
     while sum(sizes) < 35:
         sizes.append(len(list(server.receive())))
         assert time.monotonic() < deadline
@@ -231,7 +231,7 @@ def test_who_floods_is_left_alone_for_moments_and_others_are_heard_meanwhile(tra
     heard = pauses = 0
     sent = 1
     flooder.send(hello("nobody-0@1"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while heard < 20 or not pauses or server.refused < sent:
         if heard < 20 or not pauses:
             sent += 10
@@ -305,7 +305,7 @@ def test_a_connection_that_breaks_is_noticed_and_a_new_link_of_that_name_is_hear
         assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
         assert not link.broke()
         relay.cut()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + DEADLINE_S
         while not link.broke():
             assert time.monotonic() < deadline
         link.close()
@@ -313,7 +313,7 @@ def test_a_connection_that_breaks_is_noticed_and_a_new_link_of_that_name_is_hear
         again.send(hello("generator-0@1"))
         assert [peer for peer, _ in wait_for(server)] == ["generator-0@1"]
         assert server.send("generator-0@1", Inventory(number=4))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + DEADLINE_S
         while not (got := list(again.receive())):
             assert time.monotonic() < deadline
         assert got == [Inventory(number=4)]

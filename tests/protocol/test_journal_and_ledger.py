@@ -251,7 +251,7 @@ def test_two_threads_and_two_connections_write_at_once(tmp_path: Path) -> None:
         issue = Issue(group_id=i, attempt=0, iteration=0, purpose="train", problem_id="p", generator="g", issued_s=0.0)
         dispatcher.issued([issue])
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=600)
     assert not errors
     assert len(dispatcher.outcomes()) == 100
     learner.close()

@@ -221,7 +221,11 @@ def test_a_full_queue_says_when_to_come_again_and_a_late_verdict_is_none(tmp_pat
 def test_sigterm_ends_it_and_its_cells_in_the_middle_of_a_program(tmp_path: Path) -> None:
     with served(tmp_path, "--cells", "2", "--grace", "0.2", "--deadline", "600") as server:
         found: list[tuple[int, Any, str | None]] = []
-        forever = {"program": "import time\ntime.sleep(3600)", "problem": PROBLEM, "options": {"min_time_limit_s": 60, "max_time_limit_s": 60}}
+        forever = {
+            "program": "import time\ntime.sleep(3600)",
+            "problem": PROBLEM,
+            "options": {"min_time_limit_s": 60, "max_time_limit_s": 60},
+        }
         client = threading.Thread(target=lambda: found.extend(asyncio.run(many(server, [forever]))))
         client.start()
         wait_until(lambda: ask(server, "/healthz", token="")[1]["running"] == 1, "it is being judged")

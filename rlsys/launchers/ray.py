@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ CONNECT_S = 5.0
 """How long a head node may take to accept a connection."""
 END_S = 4.0
 """How long actors may take to end once their processes have."""
+AGAIN = 3
+"""How often one start may get another actor because Ray gave it to a node that was dead: it finds that out seconds later, by its health check."""
 BESIDE = ("dispatcher", "dashboard")
 """Roles that run beside the supervisor: they read and write the run directory all the time, and take next to nothing."""
 STRATEGY = {"learner": "PACK", "generator": "SPREAD", "rewarder": "SPREAD"}
@@ -73,6 +75,8 @@ class _Placed:
     actor: ActorHandle
     done: Any
     """Resolves when the actor's agent has ended."""
+    again: int = AGAIN
+    """How many more actors it may get for this start."""
 
 
 class RayLauncher:
@@ -146,6 +150,12 @@ class RayLauncher:
             return Child(spec, log_path, environment)
         assert self._door is not None, "the run has no door for hosts: a bug of `adapt`"
         host, token = self._door.expect(spec.name)
+        child = host.start(spec, log_path, environment)
+        self._placed.append(_Placed(host, child, *self._bring(spec, token)))
+        return child
+
+    def _bring(self, spec: ProcessSpec, token: str) -> tuple[ActorHandle, Any]:
+        """An actor in the place of `spec`, and what resolves when its agent has ended."""
         group, place = self._places[spec.role, spec.index]
         strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place)
         wanted = self._needs[spec.role]
@@ -153,24 +163,31 @@ class RayLauncher:
             num_cpus=wanted.get("CPU", 0), num_gpus=wanted.get("GPU", 0), max_restarts=0, scheduling_strategy=strategy
         )
         actor = actor.remote()
-        done = actor.run.remote(token, spec.role == "learner")
-        child = host.start(spec, log_path, environment)
-        self._placed.append(_Placed(host, child, actor, done))
-        return child
+        return actor, actor.run.remote(token, spec.role == "learner")
 
     def turn(self) -> None:
-        """Actors that have ended, with their nodes or by themselves; what ran in them is told dead by the door."""
+        """Actors that have ended, with their nodes or by themselves; what ran in them is told dead by the door.
+
+        One that is gone before its agent came in has most likely been given to a dead node. Nothing ran in it, so nothing died: the same
+        start gets another actor.
+        """
         if not self._placed:
             return
         ready, _ = self._ray.wait([placed.done for placed in self._placed], num_returns=len(self._placed), timeout=0, fetch_local=False)
         for placed in [placed for placed in self._placed if placed.done in ready]:
             self._placed.remove(placed)
             code, why = self._outcome(placed)
-            if self._door is not None:
-                self._door.lose(placed.host, why, code=2 if code == 2 else KILLED)
             self._ray.kill(placed.actor)
+            assert self._door is not None
+            if why is None and placed.again and not placed.host.identity and placed.child.code is None:
+                actor, done = self._bring(placed.child.spec, self._door.expect_again(placed.host))
+                self._placed.append(replace(placed, actor=actor, done=done, again=placed.again - 1))
+                log.info("%s had not begun when its Ray actor was gone: it gets another", placed.child.spec.identity)
+            else:
+                self._door.lose(placed.host, why or gone(placed.host.place), code=2 if code == 2 else KILLED)
 
-    def _outcome(self, placed: _Placed) -> tuple[int, str]:
+    def _outcome(self, placed: _Placed) -> tuple[int, str | None]:
+        """Exit code and reason; no reason when the actor is gone and nobody can say more."""
         try:
             code, why = self._ray.get(placed.done, timeout=5.0)
             return int(code), f"its place on Ray was given back ({why})" if code != 2 else str(why)
@@ -181,7 +198,8 @@ class RayLauncher:
                     2,
                     f"a node of the Ray cluster cannot load rlsys {__version__}: install the same version on every node ({lines[-200:]})",
                 )
-            return KILLED, gone(placed.host.place, lines)
+            log.info("Ray: %s", lines)
+            return KILLED, None
         except self._ray.exceptions.RayError as error:
             lines = " ".join(str(error).split())
             if "ModuleNotFoundError" in lines or "ImportError" in lines:
@@ -236,9 +254,8 @@ def in_words(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in named) or "nothing"
 
 
-def gone(place: str, said: str) -> str:
-    """One sentence of what Ray says, which is many and opens with identifiers of its own; all of it is in the log."""
-    log.info("Ray: %s", said)
+def gone(place: str) -> str:
+    """One sentence for what Ray says, which is many and opens with identifiers of its own; all of it is in the log."""
     return f"its Ray actor is gone{f' from {place}' if place else ''}, with its node or alone"
 
 

@@ -143,6 +143,18 @@ def test_a_token_for_one_use_ends_with_it(opened: Opened) -> None:
     ]
 
 
+def test_a_host_that_is_expected_again_comes_in_with_the_new_token_alone(opened: Opened) -> None:
+    host, first = opened.door.expect("generator-0")
+    second = opened.door.expect_again(host)
+    late = Visitor(parse(first, __version__))
+    opened.until(lambda: not late.is_alive(), "the end of one with the token before")
+    assert (late.code, "used up or replaced" in late.said, opened.told, host.identity) == (2, True, [], "")
+    visitor = Visitor(parse(second, __version__))
+    opened.until(lambda: opened.events == [("join", host)], "the same host comes in")
+    visitor.agent.leave()
+    opened.until(lambda: not visitor.is_alive(), "it leaves")
+
+
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [("weights", "does not see the run's weights directory"), ("model", "this host has no model at")],

@@ -170,6 +170,8 @@ def test_a_run_on_three_nodes_is_placed_scaled_loses_a_node_and_gets_another(
     run.until(there(run, *actors), "work of all actors again", 300)
     now = run.status()["iteration"]
     run.until(lambda status: status.get("iteration", 0) >= now + 3, "three more iterations", 200)
+    died = [restart["name"] for restart in run.status()["restarts"]]
+    assert len(died) == len(set(died)), f"one death each: {run.status()['restarts']}"
     pids = {p["pid"] for p in run.status()["processes"]} | pids_of(run)
     ended(run, restarts=True)
     assert not any(alive(pid) for pid in pids if pid)

@@ -7,16 +7,15 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import ConfigError
+from protocol.holds import PREFIX, SHM, Hold
 from rlsys.config import RunConfig, dump_config
 from rlsys.published import version_bytes
 
-SHM = Path("/dev/shm")
 PROBE_S = 0.2
 """How long a claim goes on trying: `holder` of another process has the lock for a moment when it looks who holds it."""
 
@@ -132,18 +131,18 @@ def default_run_dir(config: RunConfig) -> Path:
     return next(path for i in range(1000) if not (path := base if i == 0 else base.with_name(f"{base.name}-{i}")).exists())
 
 
-def make_scratch_dir(run_id: str) -> Path:
+def make_scratch_dir(run_id: str) -> Hold:
     """A private directory for ipc sockets and temporary files of a run, removed at its end. Short: the kernel allows sockets 107 bytes."""
-    return Path(tempfile.mkdtemp(prefix=f"rlsys-{run_id[:8]}-"))
+    return Hold.of_new(f"{PREFIX}{run_id[:8]}-")
 
 
 def choose_weights_dir(config: RunConfig, run_dir: Path, run_id: str) -> Path:
     """Where versions go: as configured, else in memory if three float32 copies take less than half of what is free there, else the run."""
     if config.weights.directory is not None:
-        return config.weights.directory / f"rlsys-{run_id}"
+        return config.weights.directory / f"{PREFIX}{run_id}"
     needed = 3 * 2 * version_bytes(config)
     if SHM.is_dir() and os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > 2 * needed:
-        return SHM / f"rlsys-{run_id}"
+        return SHM / f"{PREFIX}{run_id}"
     return run_dir / "weights"
 
 

@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.host_cache import sweep_caches
 from protocol.addresses import numeric
 from protocol.channels import Endpoint, Keys, Poller, Transport
 from protocol.clock import now_s
 from protocol.errors import ConfigError
+from protocol.holds import SHM, Hold, sweep
 from protocol.intervals import is_waiting
 from protocol.ledger import Ledger
 from protocol.messages import ClockEcho, Event, Finished, Heartbeat, Leave, Message, Peers, Refused, Register, Snapshot, Stop
@@ -187,6 +187,8 @@ class Supervisor:
         self._policy = RestartPolicy(config.restarts)
         self._unwritten = set[str]()
         self._scratch: Path | None = None
+        self._holds: list[Hold] = []
+        """Of what is in memory or in the way of nobody but this host: if this process is killed, a later start removes it."""
         self._weights_dir: Path | None = None
         self._transport: Transport | None = None
         self._host = ""
@@ -257,7 +259,11 @@ class Supervisor:
         self._weights_dir = choose_weights_dir(config, path, f"{self._run_id}-{self._epoch}" if self._resume else self._run_id)
         check_room(self._weights_dir, config)
         (path / WEIGHTS_DIR).write_text(str(self._weights_dir))
-        self._scratch = make_scratch_dir(self._run_id)
+        sweep()
+        self._holds = [make_scratch_dir(self._run_id)]
+        self._scratch = self._holds[0].directory
+        if self._weights_dir.parent == SHM:
+            self._holds.append(Hold(self._weights_dir))
         for key, value in (("run_id", self._run_id), ("epoch", self._epoch), ("scratch", self._scratch), ("weights", self._weights_dir)):
             self._ledger.put(key, str(value))
         keys = None
@@ -783,12 +789,13 @@ class Supervisor:
             self._write("status.json", json.dumps(self.status() | over, indent=1))
             self._write("exit.json", json.dumps(exit_record, indent=1) + "\n")
             (self.run_dir.path / "keys.json").unlink(missing_ok=True)
-            for directory in (self._scratch, self._weights_dir):
-                if directory is not None:
-                    shutil.rmtree(directory, ignore_errors=True)
-            sweep_caches()
+            for hold in self._holds:
+                hold.remove()
+            if self._weights_dir is not None:
+                shutil.rmtree(self._weights_dir, ignore_errors=True)
+            sweep()
             if self.config.weights.cache is not None:
-                sweep_caches(self.config.weights.cache)
+                sweep(self.config.weights.cache)
             if self._door is not None:
                 self._door.close(ending.reason or ending.outcome)
             self._launcher.close()

@@ -27,6 +27,7 @@ from actors.engines import EngineOptions, guard
 from actors.engines.environments import find_python
 from actors.engines.sglang_options import Options
 from protocol.errors import ConfigError, DataError, InfrastructureFault
+from protocol.holds import Hold, inherited
 
 GRACE_S = 3.0
 """From SIGTERM to SIGKILL. A server that is asked nicely can wait for its last requests forever."""
@@ -182,6 +183,7 @@ class Server:
         self._pipe = -1
         self._processes: dict[int, str] = {}
         self._model_dir: Path | None = None
+        self._hold: Hold | None = None
         self.log = (engine.log_dir or Path(tempfile.gettempdir())) / f"{engine.name}-server.log"
         if not self.attached:
             self._python = find_python("sglang", device_kind(engine.device), options.python)
@@ -196,7 +198,8 @@ class Server:
             return
         try:
             if self._model_dir is None:  # beside the log, where the next start of the same actor finds it if this one is killed
-                self._model_dir = self.log.with_suffix("") if self._engine.log_dir else Path(tempfile.mkdtemp(prefix="rlsys-sglang-"))
+                self._hold = None if self._engine.log_dir else Hold.of_new("rlsys-sglang-")
+                self._model_dir = self._hold.directory if self._hold else self.log.with_suffix("")
             write_model_dir(self._engine.model_path, self._model_dir)
         except OSError as error:
             raise InfrastructureFault(
@@ -212,7 +215,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(reader,),
+                pass_fds=(reader, *inherited()),
                 process_group=0,
                 env=server_environment(self._engine, self._options),
             )
@@ -301,6 +304,9 @@ class Server:
         if self._model_dir is not None:
             shutil.rmtree(self._model_dir, ignore_errors=True)
             self._model_dir = None
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
     @property
     def processes(self) -> dict[int, str]:

@@ -6,18 +6,17 @@ import array
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.sandbox import wire
 from protocol.errors import InfrastructureFault
+from protocol.holds import Hold
 
 START_DEADLINE_S = 30.0
 """A start takes 0.1 s; a machine that pages may need longer."""
@@ -61,7 +60,13 @@ class Cell:
 
     def __init__(self, profile: str, trees: Sequence[str], packages: Mapping[str, str], preload: Sequence[str] = ()) -> None:
         """Raises CellError with the kernel's reason when the profile cannot be had."""
-        self._tmp = tempfile.mkdtemp(prefix="rlsys-cell-") if profile == "landlock" else ""
+        self._hold = Hold.of_new("rlsys-cell-") if profile == "landlock" else None
+        tmp = ""
+        if self._hold is not None:  # a cell that runs as another user passes through what we hold, to what is its own
+            self._hold.directory.chmod(0o711)
+            own = self._hold.directory / "tmp"
+            own.mkdir(mode=0o700)
+            tmp = str(own)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = memory_file()
         self._deadline_s = 0.0
@@ -75,7 +80,7 @@ class Cell:
             "package_parents": sorted({str(Path(path).parent) for path in packages.values()}),
             "preload": list(preload),
             "source": _SOURCE_ROOT,
-            "tmp": self._tmp,
+            "tmp": tmp,
         }
         command = [interpreter(), *_FLAGS, "-c", _BOOT.format(root=_SOURCE_ROOT), str(theirs.fileno()), json.dumps(options)]
         try:
@@ -159,8 +164,8 @@ class Cell:
         self._process.wait()
         os.close(self._errors)
         self._errors = -1
-        if self._tmp:
-            shutil.rmtree(self._tmp, ignore_errors=True)
+        if self._hold is not None:
+            self._hold.remove()
 
 
 def interpreter() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from pathlib import Path
 from actors.sandbox.cell import START_DEADLINE_S, Cell
 from actors.sandbox.selftest import choose_profile
 from protocol.errors import DeadlineExceeded, InfrastructureFault
+from protocol.holds import sweep
 from protocol.intervals import phase
 
 PACKAGES = ("numpy", "sortedcontainers")
@@ -46,6 +48,8 @@ class CellPool:
         self._closed = False
         try:
             self.profile = self._keeper.submit(choose_profile, profile, self._build_cell).result()
+            if self.profile == "landlock":
+                sweep(Path(tempfile.gettempdir()))  # what cells leave whose owner was killed; under namespaces it is gone with them
             self._idle = self._start_cells(num_cells)
         except BaseException:
             self._keeper.shutdown()

@@ -9,10 +9,8 @@ the supervisor falls silent it ends what it runs; when it dies itself, the kerne
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +18,16 @@ from typing import Any
 
 import yaml
 
-from actors.host_cache import sweep_caches
 from protocol.addresses import numeric, split, towards
 from protocol.channels import Keys, Link, Poller, Transport
 from protocol.errors import UserError
+from protocol.holds import Hold, sweep
 from protocol.messages import HostOrders, HostReport, Joined, JoinRequest, Refused
 from protocol.node import ProcessSpec
 from rlsys import __version__
 from rlsys.hosts import describe_keys, fresh_identity
 from rlsys.launchers.local import Child
-from rlsys.rundir import WEIGHTS_DIR, sees_weights, write_privately
+from rlsys.rundir import WEIGHTS_DIR, make_scratch_dir, sees_weights, write_privately
 from rlsys.token import Token
 
 REPORT_S = 0.5
@@ -77,15 +75,18 @@ class Agent:
         """Be part of the run until it is over, this host is told to go, or the supervisor is gone. Raises UserError when it is not let in."""
         self._host = self._own_address()
         transport = Transport(0, None, self._host, Keys.make(), server_key=self._token.server_key.encode())
-        made: Path | None = None
+        made: Hold | None = None
+        weights: Hold | None = None
         try:
             link = Link(transport, "hosts", self._identity, self._token.address, "supervisor")
             joined = self._knock(link)
             if self._in_run_dir:
                 self._dir = Path(joined.run_dir)
             else:
-                made = None if self._directory else Path(tempfile.mkdtemp(prefix=f"rlsys-{self._token.run_id[:8]}-"))
-                self._dir = self._directory or made or Path()
+                sweep()
+                made = None if self._directory else make_scratch_dir(self._token.run_id)
+                self._dir = self._directory or (made.directory if made else Path())
+            weights = Hold.beside(Path(joined.weights_dir))  # where this is the run's own host
             self._joined = joined
             try:
                 self._settle_in(joined)
@@ -99,9 +100,11 @@ class Agent:
             for child in self._children.values():
                 child.kill()
             transport.close(linger_s=1.0)
-            sweep_caches()
+            if weights is not None:
+                weights.release()
             if made is not None:
-                shutil.rmtree(made, ignore_errors=True)
+                made.remove()
+            sweep()
 
     # ------------------------------------------------------------------------------------------------ coming in
 

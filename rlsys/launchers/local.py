@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError, DeadlineExceeded
+from protocol.holds import inherited
 from protocol.node import PARENT, ProcessSpec
 from rlsys.config import RunConfig
 from rlsys.launchers import how_it_ended
@@ -39,6 +40,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=inherited(),  # what it uses stays until it has ended, should its parent be killed first
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", PARENT: str(os.getpid()), **environment},
             )
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from actors.rewards.answers import sound
 from actors.stages import Prepared
 from actors.text import Text, context_length, stop_token_ids
 from protocol.errors import ConfigError, DataError, InfrastructureFault, UserError, WeightsError
+from protocol.holds import Hold
 from protocol.messages import Version
 from protocol.registry import resolve
 from rlsys.config import RunConfig
@@ -460,10 +460,10 @@ def _measure_training(config: RunConfig, drawn: list[Drawn]) -> TrainingRates:
     (few, short), (many, long) = points
     per_token = (long - short) / (many - few) if many > few and long > short else long / many
     per_token = min(per_token, long / many)
-    with tempfile.TemporaryDirectory(prefix="rlsys-plan-") as directory:
+    with Hold.of_new("rlsys-plan-") as directory:
         lora = config.learner.lora
         alone = lora if lora is not None and lora.publish == "adapter" else None
-        publisher = Publisher(Path(directory), config.model.path, config.weights.dtype, adapters=alone)
+        publisher = Publisher(directory, config.model.path, config.weights.dtype, adapters=alone)
         begun = time.perf_counter()
         publisher.publish(Version(0), step.version_tensors(publisher.dtype))
         publish_s = time.perf_counter() - begun

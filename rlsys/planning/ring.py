@@ -5,11 +5,10 @@ Heartbeats, observations and polls go by the clock, messages by the sample; so a
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from protocol.errors import ConfigError
+from protocol.holds import Hold
 from rlsys.config import RunConfig
 from rlsys.planning.figures import Figures
 from rlsys.planning.limits import Split
@@ -82,8 +81,8 @@ def ring_cpu_s(config: RunConfig, figures: Figures, expected_s: float) -> float:
     `expected_s` is how long an iteration is expected to take.
     """
     run = prepare(waiting_run(config, figures, min(expected_s, LONGEST_S)), lambda _: None).config
-    with tempfile.TemporaryDirectory(prefix="rlsys-plan-") as directory:
-        run_dir = RunDir(Path(directory) / "run")
+    with Hold.of_new("rlsys-plan-") as directory:
+        run_dir = RunDir(directory / "run")
         run_dir.claim(run)
         try:
             ending = Supervisor(run, run_dir).run()

@@ -21,6 +21,7 @@ from actors.host_cache import HostCache, choose_cache_dir
 from learner.publisher import announcement
 from protocol.channels import Keys, Link, Poller, Transport
 from protocol.errors import WeightsError
+from protocol.holds import Hold
 from protocol.manifest import publish, verify
 from protocol.messages import PieceRequest, Version, WeightsReady
 from protocol.partial import Partial, partial_path
@@ -350,8 +351,7 @@ def test_the_last_user_removes_the_cache(tmp_path: Path) -> None:
     second.leave()
     assert not directory.exists()
     left = choose_cache_dir("cd", 0, tmp_path / "unused", tmp_path)
-    left.mkdir()
-    (left / ".users").touch()  # its processes were killed
+    Hold(left).release()  # its processes were killed
     HostCache(directory).leave()
     assert not left.exists()
 

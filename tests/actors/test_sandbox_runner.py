@@ -19,6 +19,7 @@ from actors.sandbox.confine import SANDBOX_UID
 from actors.sandbox.execution import Program
 from actors.sandbox.runner import Sandbox
 from protocol.errors import InfrastructureFault
+from protocol.holds import sweep
 from tests.actors.processes import descendants, wait_until
 
 
@@ -242,21 +243,25 @@ sandbox.run(Program(kind=wire.PYTHON, content=b"while True: pass"))
 
 
 @pytest.mark.parametrize("profile", ["namespaces", "landlock"])
-def test_cells_die_with_an_owner_that_is_killed(sandbox: Sandbox, profile: str) -> None:
+def test_cells_die_with_an_owner_that_is_killed_and_what_they_leave_is_swept(sandbox: Sandbox, profile: str, tmp_path: Path) -> None:
     if sandbox.pool.profile != profile:
         pytest.skip("tested with the other sandbox")
     root = Path(__file__).resolve().parents[2]
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, profile], stdout=subprocess.PIPE, cwd=root)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, profile], stdout=subprocess.PIPE, cwd=root, env=environment)
     try:
         assert owner.stdout is not None and owner.stdout.readline() == b"ready\n"
         wait_until(lambda: len(descendants(owner.pid)) > 2, "a job runs")
         family = descendants(owner.pid)
+        assert (sweep(tmp_path), len(list(tmp_path.iterdir()))) == ([], 2 if profile == "landlock" else 0), "one for each cell, held"
     finally:
         owner.kill()
         owner.wait(120)
         if owner.stdout:
             owner.stdout.close()
     wait_until(lambda: not any(_alive(pid) for pid in family), "all cells of the dead owner ended")
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _alive(pid: int) -> bool:

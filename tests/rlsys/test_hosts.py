@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -165,6 +169,40 @@ def test_what_a_host_lacks_is_said_before_anything_starts(opened: Opened, tmp_pa
     assert (visitor.code, sentence in visitor.said and str(tmp_path / "elsewhere") in visitor.said) == (2, True), visitor.said
     assert "join" not in opened.told
     assert not list(Path(opened.run_dir / "logs").iterdir())
+
+
+def test_what_a_killed_agent_leaves_goes_with_the_next_start_and_what_a_living_one_has_stays(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "tmp"  # where no other run of this machine sweeps
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    killed = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rlsys", "join", "-", "--role", "rewarder"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(here)},
+    )  # fmt: skip
+    try:
+        assert killed.stdin is not None
+        with killed.stdin as line:
+            line.write(opened.door.token.encode() + b"\n")
+        opened.until(lambda: list(here.glob("rlsys-*/keys.json")), "a directory with keys of the first host")
+        [left] = here.iterdir()
+        second = Visitor(opened.token(), role="rewarder", count=1)
+        opened.until(lambda: len(list(here.glob("rlsys-*/keys.json"))) == 2, "one of the second")
+        assert left.exists(), "its agent lives"
+    finally:
+        killed.kill()
+        killed.wait(DEADLINE_S)
+    named = tmp_path / "named"
+    third = Visitor(opened.token(), role="rewarder", count=1, directory=named)
+    opened.until(lambda: not left.exists(), "the third removes what the first left")
+    opened.until((named / "keys.json").exists, "keys of the third")
+    for visitor in (second, third):
+        visitor.agent.leave()
+        opened.until(lambda v=visitor: not v.is_alive(), "it leaves")  # type: ignore[misc]
+        assert visitor.code == 0, visitor.said
+    assert list(here.iterdir()) == []
+    assert (named / "config.yaml").exists(), "what was named stays"
 
 
 def test_another_version_is_refused_by_the_door_itself(opened: Opened) -> None:

@@ -22,6 +22,7 @@ from actors.settings import ScheduleSettings
 from learner.lora import adapter_tensors, add_adapters
 from learner.settings import LoraSettings
 from protocol.errors import DataError, InfrastructureFault
+from protocol.holds import SHM
 from rlsys.cli import main
 from rlsys.config import load_config
 from rlsys.planning.command import _machine
@@ -32,7 +33,6 @@ from rlsys.planning.plan import Machine, faults, make_plan
 from rlsys.planning.room import ModelSize, needed, read_model
 from rlsys.planning.simulate import steady
 from rlsys.published import adapter_parameters, count_parameters, read_shapes, version_bytes
-from rlsys.rundir import SHM
 from tests.actors.tiny_models import build, save
 from tests.configuration import minimal, write
 from tests.system.rewards import LengthReward

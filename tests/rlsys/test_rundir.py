@@ -91,12 +91,10 @@ def test_weights_go_where_they_fit(tmp_path: Path, config: RunConfig, monkeypatc
 
 
 def test_sockets_are_private_and_their_paths_short() -> None:
-    directory = make_scratch_dir("0123456789abcdef")
-    try:
+    with make_scratch_dir("0123456789abcdef") as directory:
         assert directory.stat().st_mode & 0o777 == 0o700
         assert len(str(directory / "generator-100.100.completions")) < 107
-    finally:
-        directory.rmdir()
+    assert not directory.exists()
 
 
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from protocol.holds import SHM, sweep
+from protocol.ledger import Ledger
 from rlsys.audit import audit_run
 from tests.system.conftest import Run, alive, members
 
@@ -72,6 +74,17 @@ def killed_all_over(config: dict[str, Any], start: Callable[..., Run], hurry: Pa
     audit = sound(run, iterations)
     assert audit["states"]["eval evaluated"] == 12
     assert [evaluation["version"] for evaluation in record["evaluations"]] == [0, iterations]
+
+
+def swept_of(run: Run) -> list[Path]:
+    """Where a run keeps what is no part of its directory: what is there still after what any start does on this host."""
+    sweep()
+    ledger = Ledger(run.path / "ledger.sqlite", read_only=True)
+    try:
+        places = [Path(ledger.get(key)) for key in ("scratch", "weights")]
+    finally:
+        ledger.close()
+    return [place for place in places if place.exists() and run.path not in place.parents]
 
 
 def paced(config: dict[str, Any]) -> dict[str, Any]:
@@ -176,11 +189,14 @@ def test_a_dead_supervisor_takes_its_children_along_and_the_run_goes_on_with_ano
     run = start(paced(config))
     run.until(lambda status: status.get("iteration", 0) >= 3, "three iterations")
     pids = set(run.pids().values())
+    in_memory = Path((run.path / "weights_dir").read_text()).parent == SHM
+    assert len(swept_of(run)) == 1 + in_memory, "scratch and weights are held"
     os.kill(run.process.pid, signal.SIGKILL)
     run.wait(30)
     assert run.exit_record == {}
     run.until_gone(lambda: members(pids), "children of the dead supervisor")
     assert not any(alive(pid) for pid in pids)
+    run.until_gone(lambda: swept_of(run), "what the dead supervisor left in /tmp and in memory")
 
     refused = command("up", "--resume", str(run.path), "--set", "sampling.group_size=2")
     assert refused.returncode == 2

@@ -253,7 +253,7 @@ def _machines(commands: Commands) -> None:
     grade.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the reward, such as score=soft; repeatable"
     )
-    grade.add_argument("--jobs", type=int, metavar="N", help="submissions at once (default: one per core)")
+    grade.add_argument("--jobs", type=_at_once, metavar="N", help="submissions at once (default: one per core)")
     grade.add_argument("--out", type=Path, metavar="FILE", help="write each submission's verdict as JSON lines")
     grade.add_argument("--json", action="store_true", help="print summary and verdicts as one JSON object")
 
@@ -265,7 +265,9 @@ def _machines(commands: Commands) -> None:
     serve.add_argument(
         "--token-file", type=Path, required=True, metavar="FILE", help="holds the token that clients must send; made if there is none"
     )
-    serve.add_argument("--cells", type=_count, metavar="N", help="programs that run at once (default: one per core)")
+    serve.add_argument(
+        "--cells", type=_at_once, metavar="N", help=f"programs that run at once, at most {MOST_AT_ONCE} (default: one per core)"
+    )
     serve.add_argument("--queue", type=_count, default=1024, metavar="N", help="requests that may wait besides (default 1024)")
     serve.add_argument(
         "--deadline", type=_seconds, default=120.0, metavar="S", help="longest time until an answer, in seconds (default 120)"
@@ -306,6 +308,16 @@ def _command(commands: Commands, name: str, call: Callable[[argparse.Namespace],
 def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(text)
+
+
+MOST_AT_ONCE = 4096
+"""Programs that one sandbox runs side by side, each in a process of its own: more is a slip of the keyboard."""
+
+
+def _at_once(text: str) -> int:
+    if not (text.isdecimal() and len(text) <= len(str(MOST_AT_ONCE)) and 1 <= int(text) <= MOST_AT_ONCE):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}: expected a whole number from 1 to {MOST_AT_ONCE}")
     return int(text)
 
 

@@ -84,6 +84,20 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert description.strip().endswith(".")
 
 
+@pytest.mark.parametrize("given", ["0", "-1", "4097", "9" * 5000, "five"])
+@pytest.mark.parametrize(
+    "command", [["sandbox", "serve", "--token-file", "token", "--cells"], ["grade", "problems", "submissions", "--jobs"]]
+)
+def test_a_sandbox_of_no_programs_or_of_more_than_any_machine_runs_is_refused(
+    command: list[str], given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, given])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: argument {command[-1]}: {given[:20]!r}: expected a whole number from 1 to 4096")
+
+
 def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

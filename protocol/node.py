@@ -33,6 +33,8 @@ log = logging.getLogger("rlsys.node")
 
 HEARTBEAT_S = 0.5
 """How often a process says that it lives. Costs about 0.1 % of a core."""
+UNOBSERVED = 1000
+"""Most observations that are kept while there is no dashboard: one that is slow to start misses none of a run's first iterations."""
 FLUSH_BEATS = 2
 """Heartbeats between two flushes of what it recorded: a message for each of its tracks, which is most of what recording costs."""
 
@@ -110,6 +112,7 @@ class Node:
         self._on_gone: dict[str, Callable[[str], None]] = {}
         self._on_connector_gone: dict[str, Callable[[str], None]] = {}
         self._outbox: deque[Message] = deque()
+        self._unobserved: deque[Message] = deque(maxlen=UNOBSERVED)
         self._published: dict[str, str] = {}
         self._peers: list[dict[str, Any]] = []
         self._next_beat_s = 0.0
@@ -211,10 +214,12 @@ class Node:
         )
 
     def observe(self, message: Message) -> None:
-        """Send an observation to the dashboard, or count it as lost."""
+        """Send an observation to the dashboard; while there is none yet, or none any more, keep the newest for it. Or count it as lost."""
+        if not self._links["observe"]:
+            self.observations_lost += len(self._unobserved) == UNOBSERVED
+            self._unobserved.append(message)
         for link in self._links["observe"].values():
-            if not link.send(message):
-                self.observations_lost += 1
+            self.observations_lost += not link.send(message)
 
     def tell(self, message: Message) -> None:
         """Send the supervisor a message of the control channel, after those told before; from any thread."""
@@ -314,6 +319,9 @@ class Node:
             self._poller.add(link)
         if channel in self._on_link:
             self._on_link[channel](link)
+        if channel == "observe":
+            while self._unobserved:
+                self.observe(self._unobserved.popleft())
 
     def _mend(self) -> None:
         """After a connection broke with both ends alive, begin anew as after a death: what was on the wire may be lost, and a Hello tells the rest.

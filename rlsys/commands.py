@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -201,8 +202,10 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launch
     """Leave a supervisor behind in a session of its own; return once it holds the run directory."""
     directory.make()
     log = directory.logs / "supervisor.log"
+    claimed, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(claimed)
         os.setsid()
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         null = os.open(os.devnull, os.O_RDONLY)
@@ -212,6 +215,8 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launch
             place = _launch_with(*launcher)
             config = place.adapt(config)
             directory.claim(config, resume=resume)
+            os.write(tell, b"!")
+            os.close(tell)
             code = _supervise(config, directory, place, plain=True, as_json=False, base_model_s=0.0, tensorboard=tensorboard, resume=resume)
         except BaseException as error:
             print(f"rlsys: {error}", file=sys.stderr)
@@ -219,11 +224,10 @@ def _detached(config: RunConfig, directory: RunDir, *, tensorboard: bool, launch
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
-    deadline = time.monotonic() + (10.0 if launcher[0] == "local" else 60.0)  # a cluster answers in seconds
-    while holder(directory.path) != child:
-        if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > deadline:
+    os.close(tell)
+    with os.fdopen(claimed, "rb") as end:  # ends without a word when the child does
+        if not select.select([end], [], [], CLAIM_S)[0] or not end.read(1):
             raise ConfigError(f"the run did not start; see {log}")
-        time.sleep(0.02)
     print(directory.path, flush=True)
     if tensorboard:
         print(board_of(directory.path, child), file=sys.stderr)
@@ -240,6 +244,8 @@ def board_of(run: Path, supervisor: int) -> str:
     return f"TensorBoard has not answered yet; `rlsys status {run}` names its address once it does"
 
 
+CLAIM_S = 120.0
+"""How long `up --detach` waits for the supervisor to hold the run directory: milliseconds, or as long as a Ray cluster takes to answer."""
 BOARD_S = 60.0
 """How long `up --detach --tensorboard` waits for the address. TensorBoard takes seconds to start, more on a busy machine."""
 SILENT_S = 30.0

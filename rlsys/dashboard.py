@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("rlsys.dashboard")
 
 SNAPSHOT_S = 0.5
+QUIET_S = 0.5
+"""Without any observation, after which a dashboard that was told to stop does."""
 EVENTS_BYTES = 32 << 20
 """Of a track's file before it is moved aside; with the old one, at most twice that. A busy track writes about 2 kB/s: hours."""
 
@@ -99,12 +101,15 @@ class Dashboard:
                 self._exporter.close()
 
     def _drain(self) -> None:
-        """Other processes flush when they end: take that too, until nothing has come for a while."""
+        """Other processes flush when they end, which is before this one is told to: take that too, until nothing has come for a while."""
         quiet_since = time.monotonic()
         deadline = quiet_since + 3.0
-        while time.monotonic() < min(deadline, quiet_since + 1.0):
+        while True:
+            now = time.monotonic()  # before the look: what came while this process stood still is taken
             if self._take():
-                quiet_since = time.monotonic()
+                quiet_since = now
+            if now >= min(deadline, quiet_since + QUIET_S):
+                break
             try:
                 self._node.poll(0.05)
             except RunEnded:

@@ -63,6 +63,8 @@ log = logging.getLogger("rlsys.supervisor")
 
 STATUS_S = 1.0
 """How often status.json is written."""
+LATE_S = 2.0
+"""A turn of the supervisor's loop takes a tenth of a second; one that took so long was held up from outside, and perhaps so were all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class Process:
     registered: Register | None = None
     heartbeat: Heartbeat | None = None
     heard_s: float = 0.0
+    excused_s: float = 0.0
+    """Of the time since then, what the supervisor itself stood still."""
     progress: int = -1
     """What it said last that it has done."""
     moved_s: float = 0.0
@@ -221,8 +225,10 @@ class Supervisor:
             self._launcher.reserve(self.config, processes(self.config), self._door)
             for role, index in processes(self.config):
                 self._start(role, index, control.address)
+            turned_s = time.monotonic()
             while self._ending is None:
                 poller.wait(0.1)
+                turned_s = self._stood_still(turned_s)
                 alive = [process for process in self._processes.values() if process.restart_at_s is None]
                 ended = [process for process in alive if process.child.exit_code() is not None]
                 for peer, message in control.receive():  # after looking who ended, so that the last words of the dead are heard first
@@ -230,6 +236,7 @@ class Supervisor:
                 if self._newcomers:  # once for all of them: a fleet that starts would be introduced as often as it has members
                     self._newcomers = False
                     self._introduce(control)
+                self._stop_when_done()
                 orders.turn()
                 if self._door is not None:
                     self._door.turn()
@@ -360,7 +367,7 @@ class Supervisor:
             if isinstance(message, Register | Heartbeat):  # it was cut off and given up: whatever it has is issued again
                 control.send(peer, Refused(reason="it was given up and replaced"))
             return
-        process.heard_s, received_s = time.monotonic(), now_s()
+        process.heard_s, process.excused_s, received_s = time.monotonic(), 0.0, now_s()
         if isinstance(message, Register):
             process.registered, self._newcomers = message, True
             if process.leaving:  # told before, but on a connection that broke
@@ -385,8 +392,13 @@ class Supervisor:
             self.view.snapshot = message.values
         elif isinstance(message, Finished):
             process.finished, process.error = True, message.error
-            if all(self._processes[name].finished for name in ("dispatcher-0", "learner-0")) and not message.error:
-                self.stop("done", "every iteration is done")
+
+    def _stop_when_done(self) -> None:
+        """Dispatcher and learner have finished, and everyone knows a dashboard to send the last numbers to."""
+        both = [self._processes.get(name) for name in ("dispatcher-0", "learner-0")]
+        dashboard = self._processes.get("dashboard-0")
+        if all(p and p.finished and not p.error for p in both) and (dashboard is None or dashboard.registered is not None):
+            self.stop("done", "every iteration is done")
 
     def _introduce(self, control: Endpoint) -> None:
         known = [(p.registered, bool(p.leaving)) for p in self._processes.values() if p.registered is not None and p.restart_at_s is None]
@@ -397,6 +409,14 @@ class Supervisor:
             ]
         )
         control.send_each((register.identity for register, _ in known), peers)
+
+    def _stood_still(self, before_s: float) -> float:
+        """A supervisor that did not run for a while (a busy machine, a stopped one) has heard nobody, which is nobody's silence. Gives now."""
+        now = time.monotonic()
+        if (lost_s := now - before_s) > LATE_S:
+            for process in self._processes.values():
+                process.excused_s += lost_s
+        return now
 
     def _watch(self, control: Endpoint, ended: list[Process]) -> None:
         now, limits = time.monotonic(), self.config.deadlines
@@ -412,7 +432,7 @@ class Supervisor:
                 self._died(control, process, f"{identity} gave no sign of life within {limits.startup_s:g} s of its start")
             elif self._door is not None and self._door.silent_s(process.launcher) > limits.heartbeat_s / 2:
                 pass  # if its host falls silent, that is what has happened
-            elif process.heard_s and now - process.heard_s > limits.heartbeat_s:
+            elif process.heard_s and now - process.heard_s > limits.heartbeat_s + min(process.excused_s, limits.heartbeat_s):
                 doing = beat.doing if beat else "unknown"
                 self._died(control, process, f"{identity} has been silent for {now - process.heard_s:.0f} s; it was last at: {doing}")
             elif beat and process.stuck_s > limits.busy_s:
@@ -763,7 +783,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------ ending
 
     def _end(self, control: Endpoint | None) -> None:
-        """Ask, then terminate, then kill: all within shutdown_s. A second Ctrl-C changes nothing."""
+        """Ask, the dashboard last, then terminate, then kill: all within shutdown_s. A second Ctrl-C changes nothing."""
         old = signal.signal(signal.SIGINT, signal.SIG_IGN)
         ending = self._ending or Ending("failed", "the supervisor broke")
         if self._processes:
@@ -811,17 +831,20 @@ class Supervisor:
         terminate_at = deadline - self.config.deadlines.shutdown_s * 0.4
         kill_at = deadline - self.config.deadlines.shutdown_s * 0.15
         told: set[str] = set()
-        while any(p.child.exit_code() is None for p in self._processes.values()):
+        while alive := {p.role for p in self._processes.values() if p.child.exit_code() is None}:
+            stays = (
+                "" if alive == {"dashboard"} or time.monotonic() > terminate_at else "dashboard"
+            )  # it hears the last words of all others
             if self._door is not None:
                 self._door.turn()
             self._launcher.turn()
             if control is not None:
                 for peer, message in control.receive():  # also those that register only now must hear of the end
                     self._note(peer, message)
-                    if isinstance(message, Register | Heartbeat) and peer not in told:
+                    if isinstance(message, Register | Heartbeat) and peer not in told and peer.rpartition("-")[0] != stays:
                         told.add(peer)
                         control.send(peer, Stop(reason=ending.reason or ending.outcome))
-                for identity in {p.child.spec.identity for p in self._processes.values()} - told:
+                for identity in {p.child.spec.identity for p in self._processes.values() if p.role != stays} - told:
                     if control.send(identity, Stop(reason=ending.reason or ending.outcome)):
                         told.add(identity)
             self._write_status()

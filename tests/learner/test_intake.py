@@ -15,7 +15,7 @@ from learner.settings import LearnerSettings
 from protocol.errors import RunEnded
 from protocol.journal import Journal, read_journal
 from protocol.ledger import Ledger
-from protocol.messages import Ack, Credit, Event, GroupOutcome, Hello, Journaled, WeightsLoaded, WeightsReady, key_of
+from protocol.messages import Ack, Credit, Event, GroupOutcome, Hello, Journaled, Metrics, WeightsLoaded, WeightsReady, key_of
 from protocol.node import Node
 from tests.learner.trajectories import trajectory
 from tests.ring import Peer, Ring
@@ -138,6 +138,22 @@ def test_versions_are_announced_at_once_and_on_hello(scene: Scene) -> None:
     scene.ring.until(lambda: [e for e in scene.ring.control.of(Event) if e.name == "weights refused"], "a refusal is told")
     [event] = [e for e in scene.ring.control.of(Event) if e.name == "weights refused"]
     assert event.data == {"generator": "generator-0@1", "version": 4, "error": "differs"}
+
+
+def test_the_numbers_of_iterations_before_the_first_dashboard_reach_it(scene: Scene) -> None:
+    """One that is slow to start must not miss the beginning of a run."""
+    rewarder = scene.rewarder()
+    scene.intake.report(0, {"reward/mean": 0.5})
+    rewarder.tell(trajectory(0, 0, 1.0))
+    scene.ring.until(lambda: acknowledged(rewarder), "a turn of the intake")
+    dashboard = scene.ring.serve("dashboard-0@1", "observe")
+    scene.intake.report(1, {"reward/mean": 0.75})
+
+    def told() -> list[tuple[int, float]]:
+        return [(m.iteration, m.values["reward/mean"]) for m in dashboard.of(Metrics) if m.iteration >= 0]
+
+    scene.ring.until(lambda: len(told()) == 2, "the numbers of both iterations")
+    assert told() == [(0, 0.5), (1, 0.75)]
 
 
 def test_a_stop_ends_the_trainers_wait(scene: Scene) -> None:

@@ -41,8 +41,8 @@ class InAThread:
 
     host = ""
 
-    def __init__(self, spec: ProcessSpec, log_path: Path, seen: list[dict[str, Any]]) -> None:
-        self.spec, self.log_path, self.pid, self._seen = spec, log_path, os.getpid(), seen
+    def __init__(self, spec: ProcessSpec, log_path: Path, seen: list[dict[str, Any]], told: list[str]) -> None:
+        self.spec, self.log_path, self.pid, self._seen, self._told = spec, log_path, os.getpid(), seen, told
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -56,6 +56,7 @@ class InAThread:
                     node.tell(Snapshot(time_s=time.time(), values={**SHOWN, "iteration": 1}))
                 node.poll(0.5)
         except RunEnded:
+            self._told.append(self.spec.name)
             end = time.monotonic() + DEADLINE_S
             while shows and time.monotonic() < end and (read_json(status) or {}).get("state") != "ending":
                 try:
@@ -89,6 +90,8 @@ class Threads:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.told: list[str] = []
+        """Who heard of the end, in order."""
 
     def adapt(self, config: RunConfig) -> RunConfig:
         return config
@@ -102,7 +105,7 @@ class Threads:
     def close(self) -> None: ...
 
     def start(self, spec: ProcessSpec, log_path: Path, environment: Mapping[str, str]) -> InAThread:
-        return InAThread(spec, log_path, self.seen)
+        return InAThread(spec, log_path, self.seen, self.told)
 
 
 def test_a_run_that_ends_says_so_and_leaves_no_figures_of_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +128,7 @@ def test_a_run_that_ends_says_so_and_leaves_no_figures_of_what_ran(tmp_path: Pat
         ending = supervisor.run()
 
     assert (ending.outcome, ending.exit_code) == ("failed", 1)
+    assert len(threads.told) == 5 and threads.told[-1] == "dashboard-0", "it takes the last words of all others"
     [between] = threads.seen
     assert (between["state"], between["reason"], between["tensorboard"]) == ("ending", "guard: entropy collapse", "http://127.0.0.1:2/")
     assert {process["name"] for process in between["processes"]} >= {"learner-0", "dashboard-0"}

@@ -12,7 +12,7 @@ from actors.sandbox.languages import LANGUAGES, CompileError, Language
 from actors.sandbox.runner import Sandbox
 from protocol.registry import resolve
 
-LIMITS = Limits(cpu_s=1, wall_s=6, memory_bytes=128 * MIB, output_bytes=4 * MIB)
+LIMITS = Limits(cpu_s=1, wall_s=60, memory_bytes=128 * MIB, output_bytes=4 * MIB)
 
 
 @dataclass(frozen=True)

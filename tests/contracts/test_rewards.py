@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
         "wrong": "It is \\boxed{0.6}.",
     },
     "sandbox_service": {
-        "options": {"url": "http://127.0.0.1:1", "token_file": "/dev/null", "options": {"min_time_limit_s": 1, "max_time_limit_s": 1}},
+        "options": {"url": "http://127.0.0.1:1", "token_file": "/dev/null", "options": {"min_time_limit_s": 10, "max_time_limit_s": 10}},
         "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]},
         "right": f"```python\n{ADD}\n```",
         "wrong": "```python\nprint(0)\n```",
@@ -36,13 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
         "wrong": "refused by its hash",
     },
     "unit_tests": {
-        "options": {"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 1},
+        "options": {"cells": 2, "min_time_limit_s": 10, "max_time_limit_s": 10},
         "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]},
         "right": f"```python\n{ADD}\n```",
         "wrong": "```python\nprint(0)\n```",
     },
     "weighted": {
-        "options": {"parts": {"tests": {"reward": "unit_tests", "options": {"cells": 2, "min_time_limit_s": 1, "max_time_limit_s": 1}}}},
+        "options": {"parts": {"tests": {"reward": "unit_tests", "options": {"cells": 2, "min_time_limit_s": 10, "max_time_limit_s": 10}}}},
         "problem": {"id": "add", "prompt": "", "tests": [{"input": "1 2\n", "output": "3\n"}]},
         "right": f"```python\n{ADD}\n```",
         "wrong": "```python\nprint(0)\n```",
@@ -123,7 +123,7 @@ def test_threads_get_their_own_scores(reward: Reward, name: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert results == dict.fromkeys(range(4), True)
 
 

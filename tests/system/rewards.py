@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,20 +51,40 @@ class FaultyReward(LengthReward):
 class OnceNotFinite(LengthReward):
     """NaN for the first sample that it sees."""
 
-    seen = 0
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._seen = itertools.count()
 
     def score(self, sample: Sample) -> Score:
-        self.seen += 1
-        return Score(value=float("nan"), status="accepted") if self.seen == 1 else super().score(sample)
+        return Score(value=float("nan"), status="accepted") if next(self._seen) == 0 else super().score(sample)
 
 
 class SlowReward(LengthReward):
-    """Takes its time, so that kills hit a run in the middle; until a file appears, if one is named."""
+    """Takes its time, so that kills hit a run in the middle."""
 
     def score(self, sample: Sample) -> Score:
-        if not Path(self._options.get("until", "/nowhere")).exists():
-            time.sleep(float(self._options["seconds"]))
+        time.sleep(float(self._options["seconds"]))
         return super().score(sample)
+
+
+class CrawlingReward(LengthReward):
+    """Takes `seconds`; and 5 s once all reward actors together have scored `count`, so that no machine is too slow for what shall happen meanwhile.
+
+    From when on the file `until` is there it takes no time. It counts by the size of the file `until` + ".scored".
+    """
+
+    def score(self, sample: Sample) -> Score:
+        until = Path(self._options["until"])
+        with until.with_name(f"{until.name}.scored").open("ab") as scored:
+            scored.write(b"!")
+        end = time.monotonic() + (float(self._options["seconds"]) if scored_by(until) <= int(self._options["count"]) else 5.0)
+        while time.monotonic() < end and not until.exists():
+            time.sleep(0.02)
+        return super().score(sample)
+
+
+def scored_by(until: Path) -> int:
+    return until.with_name(f"{until.name}.scored").stat().st_size
 
 
 class HangingReward(LengthReward):

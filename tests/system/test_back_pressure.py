@@ -1,4 +1,4 @@
-"""A stage that is ten times too slow: the pacing rule stops the generators, not a full socket, and no process grows."""
+"""A stage that is ten times too slow, and stands still for a while: the pacing rule stops the generators, not a full socket, and no process grows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from tests.system.conftest import Run
+from tests.system.gated import GATE
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "simulated.yaml"
 GROUPS, SIZE, ITERATIONS, SPEED = 16, 4, 16, 400
-"""At this speed an iteration under the slow stage takes 0.6 s, so that a status, a few of which come each second, sees the line full."""
+"""At this speed an iteration under the slow stage takes 0.6 s."""
 LINE = 2 * GROUPS
 """(S + 1) G groups under one_off."""
 LENGTHS = {"mean": 12000, "sigma": 0.5, "cap": 32000}
@@ -40,12 +41,16 @@ def balanced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("slow", ["learner", "rewarder"])
 def test_a_slow_stage_stops_the_generators_by_pacing_and_no_memory_grows(
-    slow: str, balanced: dict[str, Any], start: Callable[..., Run]
+    slow: str, balanced: dict[str, Any], start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv(GATE, str(gate))
     iteration_s = GROUPS * SIZE * LENGTHS["mean"] / 32000
     if slow == "learner":
+        balanced["learner"]["step"] = "tests.system.gated:GatedStep"
         balanced["learner"]["step_options"]["tokens_per_s"] /= 10
     else:
+        balanced["rewarders"]["reward"] = "tests.system.gated:GatedReward"
         balanced["rewarders"]["concurrency"] = 2
         balanced["rewarders"]["options"]["seconds"] = 10 * iteration_s * 2 / (GROUPS * SIZE)
     run = start(balanced, "--json")
@@ -57,6 +62,7 @@ def test_a_slow_stage_stops_the_generators_by_pacing_and_no_memory_grows(
         return empty and queues.get("queues/groups_outstanding") == LINE and status["iteration"] >= 2
 
     run.until(sampled, f"line of {LINE} sampled groups")
+    gate.touch()
     assert run.wait() == 0, run.err
     figures = json.loads(run.out.splitlines()[-1])
     assert (figures["outcome"], figures["iterations"], figures["staleness_max"]) == ("done", ITERATIONS, 1)

@@ -1,10 +1,9 @@
-"""Every end of a run is orderly: all processes gone within 10 s, and exit.json says how it ended."""
+"""Every end of a run is orderly: no process is left, and exit.json says how it ended."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlsys.logs import merged
-from tests.system.conftest import Run, alive, members
+from tests.system.conftest import DEADLINE_S, Run, alive, assert_gone
 
 ROLES = ["dispatcher-0", "generator-0", "rewarder-0", "learner-0", "dashboard-0"]
 
@@ -28,16 +27,10 @@ def training(status: dict[str, Any]) -> bool:
     return status.get("iteration", 0) >= 1
 
 
-def gone_within(pids: set[int], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not members(pids):
-            return True
-    return False
-
-
 def rlsys(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "rlsys", *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
 
 
 NO_RESTARTS = dict.fromkeys(("generator", "rewarder", "dispatcher", "learner", "dashboard"), 0)
@@ -49,8 +42,8 @@ def test_without_restarts_a_crash_names_the_guilty_role(config: dict[str, Any], 
     run.until(training, "first iteration")
     pids = run.pids()
     os.kill(pids[victim], signal.SIGKILL)
-    assert run.wait(30) == 1
-    assert gone_within(set(pids.values()), 10)
+    assert run.wait() == 1
+    assert_gone(set(pids.values()))
     assert run.exit_record["outcome"] == "failed"
     assert run.exit_record["role"] == victim
     assert f"{victim}@1 was killed by SIGKILL" in run.err
@@ -82,8 +75,8 @@ def test_ctrl_c_ends_in_order(config: dict[str, Any], start: Callable[..., Run])
     run.until(training, "first iteration")
     pids = set(run.pids().values())
     os.kill(run.process.pid, signal.SIGINT)
-    assert run.wait(30) == 130
-    assert gone_within(pids, 1)
+    assert run.wait() == 130
+    assert_gone(pids)
     assert run.exit_record["outcome"] == "interrupted"
     assert run.exit_record["iterations_done"] >= 1
     assert "the run ended early: interrupted by the user" in run.err
@@ -91,11 +84,9 @@ def test_ctrl_c_ends_in_order(config: dict[str, Any], start: Callable[..., Run])
 
 def test_down_ends_a_detached_run_and_status_and_logs_tell_of_it(config: dict[str, Any], start: Callable[..., Run]) -> None:
     run = start(endless(config), "--detach")
-    assert run.wait(60) == 0, run.err
+    assert run.wait() == 0, run.err
     assert run.out.strip() == str(run.path)
-    end = time.monotonic() + 60
-    while run.status().get("iteration", 0) < 1:
-        assert time.monotonic() < end, rlsys("logs", str(run.path)).stdout
+    run.until(training, "first iteration")
     pids = set(run.pids().values())
     status = rlsys("status", str(run.path))
     assert "running" in status.stdout
@@ -103,9 +94,9 @@ def test_down_ends_a_detached_run_and_status_and_logs_tell_of_it(config: dict[st
     again = start_again(run)
     assert again.returncode == 2
     assert "in use" in again.stderr
-    down = rlsys("down", str(run.path))
+    down = rlsys("down", str(run.path), "--timeout", "120")
     assert down.returncode == 0, down.stderr
-    assert gone_within(pids, 1)
+    assert_gone(pids)
     assert run.exit_record["outcome"] == "stopped"
     assert "stopped" in rlsys("status", str(run.path)).stdout
     assert "learner-0@1 ends" in rlsys("logs", str(run.path), "learner").stdout
@@ -138,19 +129,19 @@ def test_the_supervisors_death_ends_every_process(config: dict[str, Any], start:
     run.until(training, "first iteration")
     pids = set(run.pids().values())
     os.kill(run.process.pid, signal.SIGKILL)
-    run.wait(30)
-    assert gone_within(pids, 10)
+    run.wait()
+    assert_gone(pids)
     assert "dead" in rlsys("status", str(run.path)).stdout
 
 
 def test_a_hung_process_is_found_and_named_where_nothing_may_be_restarted(config: dict[str, Any], start: Callable[..., Run]) -> None:
-    config["deadlines"]["heartbeat_s"] = 6.0
+    config["deadlines"] = {"heartbeat_s": 12.0, "shutdown_s": 3.0}  # nobody else is silent for so long, and who is stopped hears of no end
     config["restarts"] = NO_RESTARTS
     run = start(endless(config))
     run.until(training, "first iteration")
     pid = run.pids()["rewarder-0"]
     os.kill(pid, signal.SIGSTOP)
-    assert run.wait(40) == 1
+    assert run.wait() == 1
     assert "rewarder-0@1 has been silent for" in run.err
     assert not alive(pid)
 
@@ -159,7 +150,7 @@ def test_a_ring_in_which_nothing_moves_says_who_waits_for_whom(config: dict[str,
     config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(tmp_path / "go")}}
     config["deadlines"]["stall_s"] = 3.0
     run = start(config)
-    assert run.wait(60) == 1
+    assert run.wait() == 1
     assert "nothing has moved" in run.err
     assert "learner-0 waits" in run.err
     assert "rewarder-0" in run.err

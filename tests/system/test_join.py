@@ -39,7 +39,7 @@ class Joiner:
         self.process.stdin.close()
         self.process.stdin = None
 
-    def wait(self, deadline_s: float = 60.0) -> tuple[int, str]:
+    def wait(self, deadline_s: float = 120.0) -> tuple[int, str]:
         """Exit code and what it said."""
         out, _ = self.process.communicate(timeout=deadline_s)
         return self.process.returncode, out
@@ -64,7 +64,7 @@ def join() -> Iterator[Callable[..., Joiner]]:
 
 def over_tcp(config: dict[str, Any], host: str = "127.0.0.1") -> dict[str, Any]:
     config["transport"] = {"kind": "tcp", "host": host}
-    return slowed(config, 4000)
+    return slowed(config)
 
 
 def token_of(run: Run, *arguments: str, inside: str = "") -> str:

@@ -29,15 +29,24 @@ def documented() -> dict[str, str]:
     return {name: row for row in rows for name in NAME.findall(row.split("|")[1])}
 
 
-def test_names_of_a_run(config: dict[str, Any], start: Callable[..., Run]) -> None:
+def test_names_of_a_run(config: dict[str, Any], start: Callable[..., Run], tmp_path: Path) -> None:
+    """The run is scraped while its first rewards wait, and goes on then."""
     config["iterations"] = 2
+    config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(tmp_path / "go")}}
     config["observe"] = {"prometheus": True, "samples_every": 2, "samples": 3}
     run = start(config)
     address = run.until(lambda status: status.get("prometheus"), "an address to scrape")
-    with urllib.request.urlopen(address, timeout=10) as response:
-        scraped = response.read().decode()
     assert address.startswith("http://127.0.0.1:")
-    assert f'{exposed("queues/groups_outstanding")}{{run="run"}} ' in scraped
+
+    live = ["queues/groups_outstanding", *(f"idle/{role}" for role in ("dispatcher", "generator", "rewarder", "learner"))]
+
+    def scraped(status: dict[str, Any]) -> bool:
+        with urllib.request.urlopen(address, timeout=60) as response:
+            text = response.read().decode()
+        return all(f'{exposed(name)}{{run="run"}} ' in text for name in live)
+
+    run.until(scraped, "numbers of this moment, of every role")
+    (tmp_path / "go").touch()
     assert run.wait() == 0, run.err
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     names = {name for record in records if "iteration" in record for name in record if "/" in name}

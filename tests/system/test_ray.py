@@ -146,7 +146,7 @@ def test_a_run_on_three_nodes_is_placed_scaled_loses_a_node_and_gets_another(
     cluster: Callable[..., Cluster],
 ) -> None:
     nodes = cluster(2, 3, 3)
-    config = slowed(simulated, 4000)
+    config = slowed(simulated)
     config["generators"]["count"] = config["rewarders"]["count"] = 2
     config["rewarders"]["concurrency"] = 2
     config["ray"] = {"rewarder": {"CPU": 1}}

@@ -26,11 +26,26 @@ def records(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
 
+def all_take_part(status: dict[str, Any]) -> bool:
+    """Each generator has samples or is asked for them next, and each reward actor has one to score."""
+    facts = {p["name"]: p["facts"] for p in status.get("processes", ())}
+    credits = facts.get("dispatcher-0", {}).get("credits", {})
+    scoring = [facts.get(f"rewarder-{i}", {}).get("active", 0) > 0 for i in range(2)]
+    sampling = [credits.get(f"generator-{i}@1", 0) > 0 or facts.get(f"generator-{i}", {}).get("sent") for i in range(2)]
+    return all(scoring) and all(sampling)
+
+
 @pytest.mark.parametrize("schedule", ["one_off", "synchronous"])
-def test_a_run_trains_and_accounts_for_every_sample(config: dict[str, Any], start: Callable[..., Run], schedule: str) -> None:
+def test_a_run_trains_and_accounts_for_every_sample(
+    config: dict[str, Any], start: Callable[..., Run], tmp_path: Path, schedule: str
+) -> None:
+    """Rewards wait until everyone is there: else the first of two, were the other late, might do all the work of so small a run."""
     config["schedule"] = {"name": schedule}
     config["generators"]["count"] = config["rewarders"]["count"] = 2
+    config["rewarders"] |= {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(tmp_path / "go")}}
     run = start(config, "--json")
+    run.until(all_take_part, "two generators and two reward actors at work")
+    (tmp_path / "go").touch()
     assert run.wait() == 0, run.err
     figures = json.loads(run.out.splitlines()[-1])
     assert figures["outcome"] == "done"

@@ -18,7 +18,7 @@ from tests.system.test_survival import command, sound
 
 def scaled(run: Run, *words: str) -> dict[str, Any]:
     """`rlsys scale` as users call it; it must be done when it returns."""
-    done = command("scale", str(run.path), *words, "--json", "--timeout", "120")
+    done = command("scale", str(run.path), *words, "--json", "--timeout", "300")
     assert done.returncode == 0, f"{done.stdout} {done.stderr} {json.dumps(run.status().get('fleets'))}"
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -35,7 +35,7 @@ def pids_of(run: Run) -> set[int]:
 
 def ended(run: Run, *, restarts: bool = False) -> None:
     """End a run before its time: nothing is lost, doubled or too stale, nobody had to be replaced, and no process is left."""
-    command("down", str(run.path))
+    command("down", str(run.path), "--timeout", "120")
     run.wait(restarts=True)
     audit = json.loads(command("audit", str(run.path), "--json").stdout)
     assert (audit["lost"], audit["doubled"], audit["too_stale"]) == (0, 0, 0), audit["findings"]
@@ -43,9 +43,9 @@ def ended(run: Run, *, restarts: bool = False) -> None:
     assert not any(alive(pid) for pid in pids_of(run))
 
 
-def slowed(config: dict[str, Any], iterations: int) -> dict[str, Any]:
-    """Long enough for commands to be given meanwhile: an iteration takes about a second."""
-    config["iterations"] = iterations
+def slowed(config: dict[str, Any]) -> dict[str, Any]:
+    """Without an end of its own, so that commands are given meanwhile; an iteration takes about a second."""
+    config["iterations"] = 100_000
     config["generators"]["count"] = 1
     for options in (config["generators"]["options"], config["rewarders"]["options"], config["learner"]["step_options"]):
         options["speed"] = 100
@@ -53,7 +53,7 @@ def slowed(config: dict[str, Any], iterations: int) -> dict[str, Any]:
 
 
 def test_actors_come_and_go_while_the_run_goes_on(simulated: dict[str, Any], start: Callable[..., Run]) -> None:  # noqa: F811
-    run = start(slowed(simulated, 400))
+    run = start(slowed(simulated))
     run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
     refused = command("scale", str(run.path), "generators=0")
     assert (refused.returncode, "generators=0: at least 1 is needed" in refused.stderr) == (2, True), refused.stderr
@@ -82,7 +82,7 @@ def test_actors_come_and_go_while_the_run_goes_on(simulated: dict[str, Any], sta
 
 @pytest.mark.slow
 def test_one_to_three_generators_and_back_ten_times(simulated: dict[str, Any], start: Callable[..., Run]) -> None:  # noqa: F811
-    run = start(slowed(simulated, 400))
+    run = start(slowed(simulated))
     run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
     for _ in range(10):
         for count in (3, 1):
@@ -99,7 +99,7 @@ def test_an_actor_that_cannot_live_here_is_given_up_and_the_run_goes_on(
     start: Callable[..., Run],
 ) -> None:
     simulated["generators"]["engine"] = "tests.system.engines:OneDevice"
-    run = start(slowed(simulated, 400))
+    run = start(slowed(simulated))
     run.until(lambda status: status.get("iteration", 0) >= 1, "first iteration")
     done = command("scale", str(run.path), "generators=2", "--timeout", "60")
     assert (done.returncode, "generators could not all live here" in done.stderr) == (1, True), done.stderr

@@ -38,7 +38,7 @@ from tests.system.conftest import Run
 
 pytestmark = pytest.mark.sglang
 
-REPORTED_S = 30.0
+REPORTED_S = 120.0
 START_S = 400.0
 
 
@@ -69,7 +69,8 @@ def test_every_policy_and_lane_leaves_each_token_with_its_version(
 ) -> None:
     engine = attached(**extra)
     engine.load_weights(models[0][1], Version(0))
-    for number in (1, 2, 3):
+    swapped = 0
+    for number in range(1, 20):  # a swap may come after the samples' ends: then another
         in_flight(engine, f"r{number}", (1, 2), count=4, max_tokens=50)
         engine.load_weights(models[number % 2][1], Version(number))
         ended = drain(engine)
@@ -81,7 +82,10 @@ def test_every_policy_and_lane_leaves_each_token_with_its_version(
                 expected = reference_logprobs(models[version % 2][0], prompt(7), sample.token_ids, 1.0)
                 np.testing.assert_allclose(sample.logprobs[start:end], expected[start:end], atol=1e-4)
                 start = end
-        assert any(len(sample.spans) == 2 for sample in ended.values()), "no request was in flight over the swap"
+        swapped += any(len(sample.spans) == 2 for sample in ended.values())
+        if swapped == 3:
+            return
+    raise AssertionError(f"a request was in flight over {swapped} swaps alone")
 
 
 def test_weights_that_are_no_numbers_give_no_samples(
@@ -103,12 +107,15 @@ def test_weights_that_are_no_numbers_give_no_samples(
 def test_in_place_is_offered_and_does_what_its_name_says(attached: Callable[..., SGLangEngine], models: list[tuple[Any, Path]]) -> None:
     engine = attached(swap="in_place")
     engine.load_weights(models[0][1], Version(0))
-    name = in_flight(engine, "r", (1,), count=4, max_tokens=50)
-    engine.load_weights(models[1][1], Version(1))
-    sample = drain(engine)[name, 0]
+    for number in range(1, 20):  # a swap may come after the sample's end: then another
+        name = in_flight(engine, f"r{number}", (1,), count=4, max_tokens=50)
+        engine.load_weights(models[number % 2][1], Version(number))
+        sample = drain(engine)[name, 0]
+        if len(sample.spans) == 2:
+            break
     end = sample.spans[0].end
-    assert [span.version for span in sample.spans] == [0, 1]
-    new = reference_logprobs(models[1][0], prompt(7), sample.token_ids, 1.0)
+    assert [span.version for span in sample.spans] == [number - 1, number]
+    new = reference_logprobs(models[number % 2][0], prompt(7), sample.token_ids, 1.0)
     assert np.abs(sample.logprobs[end:] - new[end:]).max() > 1e-2, "the old cache was dropped, so this was not in place"
 
 
@@ -251,7 +258,7 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
         seen |= set(engine.server.processes)
     finally:
         engine.close()
-    wait_until(lambda: not [pid for pid in seen if Path(f"/proc/{pid}").exists()], "nothing of any server is left")
+    wait_until(lambda: not [pid for pid in seen if Path(f"/proc/{pid}").exists()], "nothing of any server is left", 120.0)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -295,7 +302,7 @@ def next_scheduler(run: Run, generator: int, before: int) -> int:
 
 
 def newest(versions: Path) -> Path:
-    return max((path for path in versions.rglob("v*") if (path / "manifest.json").exists()), key=lambda path: int(path.name[1:]))
+    return max((path.parent for path in versions.glob("rlsys-*/v*/manifest.json")), key=lambda path: int(path.name[1:]))
 
 
 def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
@@ -304,7 +311,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     """The scheduler is killed, then stopped; then a published version is damaged on its disk, so that the actor refuses it twice and ends."""
     gate, versions = tmp_path / "gate", tmp_path / "versions"
     gate.touch()
-    config["generators"] = {"engine": "sglang", "slots": 16, "options": {"start_s": START_S, "stream_interval": 8}}
+    config["generators"] = {"engine": "sglang", "slots": 16, "options": {"start_s": START_S, "stream_interval": 8, "silence_s": 40.0}}
     config["rewarders"] = {"reward": "tests.system.rewards:HangingReward", "options": {"file": str(gate)}, "concurrency": 8}
     config["iterations"] = 120
     config["sampling"] = {"groups_per_iteration": 2, "group_size": 4, "max_tokens": 24}
@@ -364,7 +371,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert audit.returncode == 0, audit.stdout + audit.stderr
-    wait_until(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "nothing of the servers is left")
+    wait_until(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "nothing of the servers is left", 120.0)
 
 
 def doing(status: dict[str, Any], name: str, for_s: float = 0.0) -> str:
@@ -381,7 +388,9 @@ exec {python} -c 'import subprocess, sys, time; subprocess.Popen([sys.executable
 
 
 def down(run: Run) -> None:
-    subprocess.run([sys.executable, "-P", "-m", "rlsys", "down", str(run.path)], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-P", "-m", "rlsys", "down", str(run.path), "--timeout", "100"], check=True, capture_output=True, timeout=120
+    )
 
 
 ENDS: dict[str, Callable[[Run], object]] = {
@@ -420,9 +429,9 @@ def test_no_process_of_a_server_outlives_its_run(config: dict[str, Any], start: 
         below.update(descendants(run.pids()["generator-0"]))
         return len(below) >= 3  # the guard and the two of the server
 
-    wait_until(all_there, "the server's processes")
+    wait_until(all_there, "the server's processes", 120.0)
     model = run.path / "logs" / "generator-0-server" / "config.json"
     assert model.exists(), "what a killed actor leaves lies in the run directory"
     ENDS[end](run)
-    run.process.communicate(timeout=60)
-    wait_until(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()], "nothing of the server is left")
+    run.process.communicate(timeout=120)
+    wait_until(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()], "nothing of the server is left", 120.0)

@@ -34,6 +34,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
 
 
 def test_every_simulated_sample_is_accounted_for_and_none_is_stale(simulated: dict[str, Any], start: Callable[..., Run]) -> None:
+    simulated["generators"]["engine"] = "tests.system.gated:AwaitsSwap"
     run = start(simulated, "--json")
     assert run.wait() == 0, run.err
     figures = json.loads(run.out.splitlines()[-1])

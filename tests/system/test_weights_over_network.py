@@ -68,7 +68,7 @@ def newest(cache: Path) -> int:
 
 def left_in_order(joiner: subprocess.Popen[str], cache: Path) -> None:
     joiner.terminate()
-    out, _ = joiner.communicate(timeout=60)
+    out, _ = joiner.communicate(timeout=120)
     assert joiner.returncode == 0 and "all that ran here has left in order" in out, out
     assert members({joiner.pid}) == [] and list(cache.iterdir()) == [], "the last one removes the host's cache"
 
@@ -87,6 +87,8 @@ def test_a_host_with_another_mount_gets_every_version_over_the_network(
         assert now >= 0
         run.until(lambda status: newest(cache) >= now + 2, "newer versions over there")
         left_in_order(joiner, cache)
+    done = run.status()["iteration"]
+    run.until(lambda status: status["iteration"] >= done + 4, "the learner's last word of what it sent, which comes twice a second")
     ended(run)
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     sent, received = (max(row.get(f"weights/{name}_bytes_total", 0.0) for row in rows) for name in ("sent", "received"))

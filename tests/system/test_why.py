@@ -97,7 +97,7 @@ def test_a_stopped_process_is_named_wherever_it_stands(config: dict[str, Any], s
                 assert held or not_given, "samples that they hold, or groups that the dispatcher cannot give to them"
         moves_on(run)
     os.kill(run.process.pid, signal.SIGINT)
-    assert run.wait(30) == 130
+    assert run.wait() == 130
     assert "nothing has moved for 4 s: " in run.out, "the run said so by itself"
     assert "it moves again" in run.out
     warned = [record["message"] for record in merged(run.path / "logs", level="warning")]

@@ -22,7 +22,7 @@ from protocol.messages import Answer, Order, Refused
 from protocol.node import ProcessSpec
 from rlsys.rundir import holder
 
-ANSWER_S = 15.0
+ANSWER_S = 30.0
 """How long a command waits for the supervisor, which looks at its sockets ten times a second."""
 ADDRESS = "orders"
 """Key of the ledger's `run` table."""

@@ -31,7 +31,7 @@ from rlsys.rundir import WEIGHTS_DIR, make_scratch_dir, sees_weights, write_priv
 from rlsys.token import Token
 
 REPORT_S = 0.5
-ANSWER_S = 15.0
+ANSWER_S = 30.0
 """How long the run's door may take to answer; a request that was lost is repeated twice a second."""
 LOG_BYTES = 128 << 10
 """Of a process's log that one report carries: at twice a second more than any process prints for long. What is beyond is left out."""

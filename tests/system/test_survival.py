@@ -48,7 +48,8 @@ def command(*arguments: str, timeout_s: float = 1500.0, inside: str = "") -> sub
 
 def rehearse(run: Run, kills: int, seed: int, *arguments: str) -> dict[str, Any]:
     """`rlsys chaos` as users call it; every victim must have come back to work."""
-    done = command("chaos", str(run.path), "--json", "--kills", str(kills), "--seed", str(seed), *arguments, timeout_s=300 + 60 * kills)
+    words = ["--json", "--kills", str(kills), "--seed", str(seed), "--timeout", "300"]
+    done = command("chaos", str(run.path), *words, *arguments, timeout_s=600 + 60 * kills)
     assert done.stdout, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -13,7 +13,7 @@ from actors.rewards import REWARDS, Reward, Sample, Score
 from protocol.errors import ConfigError
 from protocol.registry import resolve
 from tests.actors.processes import descendants, wait_until
-from tests.sandbox_servers import served
+from tests.sandbox_servers import Served, served
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 CASES: dict[str, dict[str, Any]] = {
@@ -75,24 +75,28 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def options(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Those of the table; a service is started where one is needed."""
+def service(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served | None]:
+    """A service where one is needed."""
     if name != "sandbox_service":
-        yield CASES[name]["options"]
+        yield None
         return
     with served(tmp_path_factory.mktemp("service"), "--cells", "2") as service:
-        yield CASES[name]["options"] | {"url": service.url, "token_file": str(service.token_file)}
+        yield service
 
 
 @pytest.fixture(scope="module")
-def reward(name: str, options: dict[str, Any]) -> Iterator[Reward]:
-    before = descendants(os.getpid())
-    reward: Reward = resolve(name, REWARDS, "reward")(options)
+def reward(name: str, service: Served | None) -> Iterator[Reward]:
+    def processes() -> set[int]:
+        """Ours; those of the service come and go as it likes."""
+        return descendants(os.getpid()) - ({service.process.pid} | descendants(service.process.pid) if service else set())
+
+    before, own = processes(), {"url": service.url, "token_file": str(service.token_file)} if service else {}
+    reward: Reward = resolve(name, REWARDS, "reward")(CASES[name]["options"] | own)
     try:
         yield reward
     finally:
         reward.close()
-        wait_until(lambda: descendants(os.getpid()) <= before, "every process of the reward ended")
+        wait_until(lambda: processes() <= before, "every process of the reward ended", 120.0)
 
 
 def score(reward: Reward, name: str, completion: str) -> Score:

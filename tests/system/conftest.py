@@ -181,7 +181,9 @@ def assert_gone(pids: set[int], deadline_s: float = 60.0) -> None:
 
 
 def members(sessions: set[int]) -> list[int]:
-    """Processes that live in any of the sessions led by these pids."""
+    """Processes that live in any of the sessions led by these pids. 0 is the pid of a process on another host that is not known yet, and the
+    session of much that is none of ours."""
+    sessions = sessions - {0}
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

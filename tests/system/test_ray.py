@@ -210,7 +210,9 @@ def test_on_ray_weights_travel_over_the_network_and_the_learner_changes_its_size
         now = run.status()["iteration"]
         run.until(lambda status, now=now: status.get("iteration", 0) >= now + 2, "two iterations with that many ranks", 200)
     no_room = command("scale", str(run.path), "learner=4", "--timeout", "120")
-    assert (no_room.returncode, "learner could not all live here" in no_room.stderr) == (1, True), no_room.stderr
+    assert (no_room.returncode, "learner is not 4: changed again meanwhile, or not all could live here" in no_room.stderr) == (1, True), (
+        no_room.stderr
+    )
     assert run.status()["fleets"]["learner"] == {"count": 1, "wanted": 1, "leaving": 0, "joined": 0}
     assert (
         "the learner group keeps its 1 ranks: the Ray cluster has no room for 4 learners"

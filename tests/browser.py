@@ -45,13 +45,15 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._session:
-            self._ask("DELETE", self._session)
-        self._driver.terminate()
-        self._driver.wait(10)
-        assert self._driver.stdout is not None
-        self._driver.stdout.close()
-        shutil.rmtree(self._profile, ignore_errors=True)
+        try:
+            if self._session:
+                self._ask("DELETE", self._session)
+        finally:
+            self._driver.terminate()
+            self._driver.wait(120)
+            assert self._driver.stdout is not None
+            self._driver.stdout.close()
+            shutil.rmtree(self._profile, ignore_errors=True)
 
     def _port(self) -> int:
         assert self._driver.stdout is not None
@@ -63,7 +65,7 @@ class Browser:
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=600) as response:
             return json.load(response)["value"]
 
     def open(self, url: str) -> None:
@@ -74,7 +76,7 @@ class Browser:
         """The value that a script body returns."""
         return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": []})
 
-    def until(self, script: str, deadline_s: float = 30.0) -> Any:
+    def until(self, script: str, deadline_s: float = 300.0) -> Any:
         """What the script returns once it is true."""
         end = time.monotonic() + deadline_s
         while not (value := self.run(script)):

@@ -22,7 +22,7 @@ START_S = 400.0
 def ask(url: str) -> dict[str, Any]:
     """A GET request; raises InfrastructureFault while there is no answer."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             content: dict[str, Any] = json.load(answer)
             return content
     except OSError as error:
@@ -44,6 +44,6 @@ def running_server(model: Path, log_dir: Path, **engine: Any) -> Iterator[Server
     finally:
         pids = server.processes
         server.close()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < end, f"processes {left} of the server are left"

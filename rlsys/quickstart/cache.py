@@ -58,8 +58,9 @@ def ensure_entry(name: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for stale in target.parent.glob("*.building"):  # of a builder that was killed: none takes an hour
-            if time.time() - stale.stat().st_mtime > STALE_S:
-                shutil.rmtree(stale, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # its builder, or another one's sweep, came first
+                if time.time() - stale.stat().st_mtime > STALE_S:
+                    shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     aside = _beside(target)

@@ -211,6 +211,14 @@ def test_what_a_killed_builder_left_is_swept(tmp_path: Path, monkeypatch: pytest
     assert young.exists()
 
 
+def test_what_another_builder_takes_away_meanwhile_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
+    gone = tmp_path / "quickstart" / "base-gone.building"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone]))
+    made, cached = cache.ensure_entry("entry", lambda directory: (directory / "file").write_text("x") and None)
+    assert (made.name, cached) == ("entry", False)
+
+
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "rlsys check" in capsys.readouterr().out

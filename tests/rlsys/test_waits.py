@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -265,15 +264,20 @@ def test_who_starts_is_blamed_for_a_hang_and_not_for_long_imports() -> None:
     assert blamed(ring(learner_0={**start, "silent_s": 151.0, "computing": True})) == [("learner-0", "starting")]
 
 
-def test_a_supervisor_that_stands_still_puts_nobody_else_on_the_bench() -> None:
+def test_a_supervisor_that_stands_still_puts_nobody_else_on_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it wrote is 20 s old: of the others nothing is known since, which is no fault of theirs."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as stopped:
-        os.kill(stopped.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
-        states = [{"pid": os.getpid(), **to_data(replace(s, computing=False, silent_s=min(s.silent_s, 0.5), quiet_s=1.0))} for s in ring()]
-        content = {"time_s": time.time() - 20.0, "processes": states, "limits": {"silent_s": 5.0, "quiet_s": 30.0, "deaf_s": 60.0}}
-        found, about = explain_status(content, stopped.pid)
-        stopped.kill()
+        try:
+            os.kill(stopped.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+            states = [
+                {"pid": os.getpid(), **to_data(replace(s, computing=False, silent_s=min(s.silent_s, 0.5), quiet_s=1.0))} for s in ring()
+            ]
+            content = {"time_s": NOW - 20.0, "processes": states, "limits": {"silent_s": 5.0, "quiet_s": 30.0, "deaf_s": 60.0}}
+            monkeypatch.setattr("time.time", lambda: NOW)
+            found, about = explain_status(content, stopped.pid)
+        finally:
+            stopped.kill()
     assert found.guilty == ()
     assert about.startswith(f"the supervisor (process {stopped.pid}) is stopped: it has written nothing for 20 s")
 

@@ -351,6 +351,7 @@ class Fetcher:
                 if picker.arrived(source, found.number, now):
                     partial.write(found.file, found.start, piece.data)
                     partial.mark([found.number])
+                    partial.check(found.number)
                 self.tally.received[source] = self.tally.received.get(source, 0) + len(piece.data)
                 self.arrivals += 1
         return True

@@ -15,15 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from protocol.errors import WeightsError
-from protocol.manifest import MANIFEST
+from protocol.manifest import MANIFEST, hash_of
 from protocol.messages import Version
 from protocol.pieces import Layout, Region
 
 HAVE = ".have"
-_STEP = 8 << 20
+_STEP = 1 << 20
 
 
 def partial_path(root: Path, version: Version) -> Path:
@@ -57,6 +55,7 @@ class Partial:
         self._fd = have
         self._map = mmap.mmap(have, max(1, layout.num_blocks), access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         self._files: dict[str, int] = {}
+        self._good: set[Region] = set()
 
     @staticmethod
     def begin(directory: Path, manifest: bytes, manifest_sha256: str) -> Partial:
@@ -100,12 +99,22 @@ class Partial:
 
     def missing(self, regions: Iterable[Region]) -> list[Region]:
         """Those of which any block has not come."""
-        return [r for r in regions if any(not self._map[number] for number in self.layout.numbers(r))]
+        return [region for region in regions if not self._whole(region)]
 
     def mark(self, numbers: Iterable[int], *, here: bool = True) -> None:
         """These blocks are here, or after all not."""
         for number in numbers:
             self._map[number] = here
+            if not here:
+                self._good.difference_update(self.layout.regions_of(number))
+
+    def check(self, number: int) -> None:
+        """Hash what this block has made whole, now that other blocks are still on their way."""
+        self._check(region for region in self.layout.regions_of(number) if self._whole(region))
+
+    def _whole(self, region: Region) -> bool:
+        numbers = self.layout.numbers(region)
+        return self._map.find(b"\0", numbers.start, numbers.stop) < 0
 
     def write(self, file: str, start: int, data: Any) -> None:
         """Put bytes in their place. Raises OSError when there is no room."""
@@ -126,8 +135,14 @@ class Partial:
                 position += len(data)
 
     def wrong(self) -> list[Region]:
-        """Regions whose bytes do not have the hash that the manifest states."""
-        return [region for region in self.layout.regions if _hash(self.directory / region.file, region) != region.xxh3_128]
+        """Regions whose bytes do not have the hash that the manifest states; each is read once only, if it is right."""
+        self._check(self.layout.regions)
+        return [region for region in self.layout.regions if region not in self._good]
+
+    def _check(self, regions: Iterable[Region]) -> None:
+        for region in regions:
+            if region not in self._good and _hash(self.directory / region.file, region) == region.xxh3_128:
+                self._good.add(region)
 
     def finish(self, target: Path) -> None:
         """Let it appear as a complete version."""
@@ -142,11 +157,6 @@ class Partial:
 
 
 def _hash(path: Path, region: Region) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         file.seek(region.start)
-        left = region.end - region.start
-        while left and (data := file.read(min(_STEP, left))):
-            state.update(data)
-            left -= len(data)
-    return state.hexdigest()
+        return hash_of(file, region.end - region.start)[0]

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BLOCK_BYTES = 1 << 19
-"""Large enough that a request costs little beside its bytes, small enough that a slow link delivers one in a second."""
-WINDOW = 8
+BLOCK_BYTES = 1 << 20
+"""Large enough that a request costs little beside its bytes, small enough that a link of 10 Mbit/s delivers one in a second."""
+WINDOW = 4
 """Blocks that are asked of one source at a time: 4 MB, what 1 Gbit/s with a round trip of 30 ms holds."""
 REST_S = 2.0
 """How long a source that had nothing to give is left alone; twice as long each further time, at most REST_LIMIT_S."""
@@ -69,6 +69,10 @@ class Layout:
                     raise ValueError(f"{name}: a tensor at {start}:{end} of {size} bytes")
                 self.regions.append(Region(name, start, end, tensor["xxh3_128"]))
         self.regions.sort(key=lambda region: (region.file, region.start))
+        self._holds: dict[int, list[Region]] = {}
+        for region in self.regions:
+            for number in self.numbers(region):
+                self._holds.setdefault(number, []).append(region)
 
     def number(self, file: str, offset: int) -> int:
         """The block that holds this byte."""
@@ -79,6 +83,10 @@ class Layout:
         if region.start == region.end:
             return range(0)
         return range(self.number(region.file, region.start), self.number(region.file, region.end - 1) + 1)
+
+    def regions_of(self, number: int) -> list[Region]:
+        """The regions of which a block holds any byte."""
+        return self._holds.get(number, [])
 
     def blocks(self, regions: Iterable[Region]) -> list[Block]:
         """What of each block must be fetched so that these regions are there: from its first missing byte to its last."""

@@ -32,7 +32,7 @@ Has = Literal["here", "later", "gone"]
 PARK_S = 2.0
 """How long a request waits for a block that this host is fetching itself, before it is told so."""
 LOOK_S = 0.02
-"""How often waiting requests are looked at."""
+"""How often waiting requests are looked at: not with each one that comes, there are dozens."""
 IDLE_S = 30.0
 """A version of which nothing was read for so long is closed; if it was removed, its memory is free then."""
 OPEN = 3
@@ -100,7 +100,7 @@ class Shelf:
             self._end_all()
 
     def _run(self) -> None:
-        poller = Poller()
+        poller, look_s = Poller(), 0.0
         poller.add(self._end)
         poller.add(self._waker)
         try:
@@ -110,10 +110,12 @@ class Shelf:
                 for peer, message in self._end.receive():
                     if isinstance(message, PieceRequest):
                         self._answer(peer, message, time.monotonic() + PARK_S)
-                for _ in range(len(self._parked)):
-                    until, peer, request = self._parked.popleft()
-                    self._answer(peer, request, until)
-                self._close_idle()
+                if time.monotonic() >= look_s:
+                    for _ in range(len(self._parked)):
+                        until, peer, request = self._parked.popleft()
+                        self._answer(peer, request, until)
+                    self._close_idle()
+                    look_s = time.monotonic() + LOOK_S
         finally:
             self._end_all()
 

@@ -10,14 +10,15 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zmq
 
 from protocol.addresses import split
-from protocol.channels import CHANNELS, Endpoint, Keys, Link, Poller, Transport
+from protocol.channels import CHANNELS, LARGE_BYTES, Endpoint, Keys, Link, Poller, Transport
 from protocol.codec import encode
 from protocol.errors import WireError
-from protocol.messages import Credit, Hello, Inventory, Message
+from protocol.messages import Credit, Hello, Inventory, Message, Piece, PieceRequest
 from protocol.strangers import UNKNOWN, Patience
 from tests.protocol.examples import equal, example
 
@@ -321,6 +322,29 @@ def test_a_connection_that_breaks_is_noticed_and_a_new_link_of_that_name_is_hear
         relay.close()
         theirs.close()
         ours.close()
+
+
+def test_a_large_array_is_decoded_where_the_socket_put_it_and_stays(tcp: Callable[[Keys | None], Transport]) -> None:
+    keys = Keys.make()
+    ours, theirs = tcp(keys), tcp(keys)
+    server = Endpoint(ours, "pieces", "pieces")
+    link = Link(theirs, "pieces", "generator-0@1", server.address, "learner-0@1")
+    sizes = [LARGE_BYTES - 1, LARGE_BYTES, 1 << 20]
+    sent = [np.random.default_rng(size).integers(0, 256, size, np.uint8) for size in sizes]
+    pieces = [Piece(number=1, incarnation=0, file="f", start=index, has="here", data=data) for index, data in enumerate(sent)]
+    link.send(PieceRequest(number=1, incarnation=0, file="f", start=0, end=1))
+    (peer, _), *_ = wait_for(server)
+    got = []
+    for piece in pieces:
+        server.send(peer, piece)
+        got.append(wait_link(link))
+    link.close()
+    theirs.close()
+    for message, data in zip(got, sent, strict=True):
+        assert isinstance(message, Piece)
+        assert np.array_equal(message.data, data), "its memory is not the socket's to take back"
+        assert not message.data.flags.writeable, "nobody changes what came"
+        assert isinstance(message.data.base, bytes) == (len(data) < LARGE_BYTES)
 
 
 def test_a_poll_of_nothing_waits_and_uses_no_processor_time() -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from safetensors.numpy import save_file
 
 from protocol.errors import WeightsError
-from protocol.manifest import Published, prune, publish, verify
+from protocol.manifest import _STEP, Published, prune, publish, verify
 from protocol.messages import Version
 
 
@@ -83,3 +84,29 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "v3", "v3.1"]
+
+
+def test_a_tensor_is_read_in_steps_to_its_end(tmp_path: Path) -> None:
+    tensor = np.random.default_rng(0).integers(0, 256, 5 * _STEP // 2, np.uint8)
+    published = publish(tmp_path, Version(0), "base", lambda directory: save_file({"long": tensor}, directory / "model.safetensors"))
+    manifest = verify(published.directory, published.manifest_sha256)
+    assert manifest["shards"]["model.safetensors"]["long"]["xxh3_128"] == xxhash.xxh3_128_hexdigest(tensor.tobytes())
+    shard = published.directory / "model.safetensors"
+    for place in (-1, -_STEP, -2 * _STEP):
+        data = bytearray(shard.read_bytes())
+        data[place] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(WeightsError, match="differs from its manifest in long"):
+            verify(published.directory, published.manifest_sha256)
+        data[place] ^= 1
+        shard.write_bytes(data)
+
+
+def test_a_header_that_turns_a_tensor_round_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [8, 4]}}).encode()
+
+    def write_backwards(directory: Path) -> None:
+        (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+
+    with pytest.raises(WeightsError, match="a has 0 bytes, expected 4"):
+        publish(tmp_path, Version(0), "base", write_backwards)

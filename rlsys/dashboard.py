@@ -36,7 +36,9 @@ log = logging.getLogger("rlsys.dashboard")
 
 SNAPSHOT_S = 0.5
 QUIET_S = 0.5
-"""Without any observation, after which a dashboard that was told to stop does."""
+"""Without any observation of others, after which a dashboard that was told to stop does."""
+LATEST_S = 3.0
+"""After which it does in any case."""
 EVENTS_BYTES = 32 << 20
 """Of a track's file before it is moved aside; with the old one, at most twice that. A busy track writes about 2 kB/s: hours."""
 
@@ -103,7 +105,7 @@ class Dashboard:
     def _drain(self) -> None:
         """Other processes flush when they end, which is before this one is told to: take that too, until nothing has come for a while."""
         quiet_since = time.monotonic()
-        deadline = quiet_since + 3.0
+        deadline = quiet_since + LATEST_S
         while True:
             now = time.monotonic()  # before the look: what came while this process stood still is taken
             if self._take():
@@ -116,9 +118,10 @@ class Dashboard:
                 pass
 
     def _take(self) -> int:
+        """Write what has arrived. Returns how much of it came from others: what this process says of itself never ends."""
         count = 0
         for _, message in self._observations.receive():
-            count += 1
+            count += getattr(message, "identity", "") != self._node.identity
             if isinstance(message, Metrics) and message.iteration < 0:
                 self._fleets.gauge(message.identity, message.values)
             elif isinstance(message, Metrics):

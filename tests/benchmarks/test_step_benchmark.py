@@ -41,6 +41,7 @@ def test_every_process_of_a_run_is_counted(overrides: list[str], capsys: pytest.
     assert 0 < found["tokens"] <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra bench)")
 def test_trl_does_the_same_iterations(overrides: list[str], tmp_path: Path) -> None:
     config = load_config(step.ROOT / "configs" / "quickstart.yaml", [*step.OVERRIDES, *overrides])

@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from protocol.messages import Event, Intervals, Metrics, Snapshot
+from rlsys import dashboard
 from rlsys.config import parse_config
 from rlsys.dashboard import Dashboard
 from rlsys.fleets import RATE_WINDOW_S, Fleets, role_of
@@ -103,6 +104,17 @@ def test_what_is_observed_can_be_read_back(ring: Ring, tmp_path: Path) -> None:
     assert next(r for r in records if "eval/pass_at_1" in r)["iteration"] == 2
     assert read_intervals(tmp_path, "generator-0") == [("decode", 1000.0, 1003.0), ("waiting:tasks", 1003.0, 1004.0)]
     assert idle_share(tmp_path, "generator-0") == pytest.approx(0.25)
+
+
+def test_what_it_says_of_itself_does_not_keep_it_from_ending(ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hears its own heartbeats' numbers twice a second, so two seconds of quiet never come if those count."""
+    monkeypatch.setattr(dashboard, "QUIET_S", 2.0)
+    monkeypatch.setattr(dashboard, "LATEST_S", 1e9)
+    config = parse_config(minimal(tmp_path), "test")
+    role = ring.run("dashboard", lambda node: Dashboard(node, config).run())
+    ring.until(lambda: "memory/dashboard_0" in _newest(ring).get("memory", {}), "it has heard of itself")
+    ring.end(role)
+    assert not role.thread.is_alive()
 
 
 def test_a_dashboard_goes_on_where_one_before_it_stopped(ring: Ring, tmp_path: Path) -> None:

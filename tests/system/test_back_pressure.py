@@ -14,8 +14,8 @@ from tests.system.conftest import Run
 from tests.system.gated import GATE
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "simulated.yaml"
-GROUPS, SIZE, ITERATIONS, SPEED = 16, 4, 16, 400
-"""At this speed an iteration under the slow stage takes 0.6 s."""
+GROUPS, SIZE, ITERATIONS, SPEED = 16, 4, 16, 1000
+"""At this speed an iteration under the slow stage takes 0.24 s."""
 LINE = 2 * GROUPS
 """(S + 1) G groups under one_off."""
 LENGTHS = {"mean": 12000, "sigma": 0.5, "cap": 32000}

@@ -344,7 +344,9 @@ def test_a_shelf_gives_files_of_versions_alone(network: Network, file: str) -> N
 def test_the_last_user_removes_the_cache(tmp_path: Path) -> None:
     directory = choose_cache_dir("ab", 0, tmp_path / "unused", tmp_path)
     first, second = HostCache(directory), HostCache(directory)
-    assert first.key == second.key != HostCache(tmp_path / "rlsys-other-cache").key
+    other = HostCache(tmp_path / "rlsys-other-cache")
+    assert first.key == second.key != other.key
+    other.leave()
     (directory / "v1").mkdir()
     first.leave()
     assert directory.exists()

@@ -572,10 +572,10 @@ class SGLangEngine:
         stopped = self._server.stopped()
         self._why_lost = f"{reason} ({stopped})" if stopped and stopped not in reason else reason
         self._fault = f"{self._why_lost}; {self._server.tail()}" if not self._server.attached else reason
+        self._ready, self._began_s, self._version = False, time.monotonic(), None  # before it is told: `load` is read beside a swap
         self._restarts += 1
         self._starts += 1
         log.error("the server is lost (%d in a row): %s", self._starts, self._fault)
-        self._version = None
         back = [sample for sample in self._running.values() if not sample.aborted]
         gone = [sample for sample in self._running.values() if sample.aborted]
         self._running.clear()

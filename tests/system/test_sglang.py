@@ -6,6 +6,7 @@ Each start of a server takes half a minute on an idle core and minutes on a busy
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,13 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.engines import EngineOptions
+from actors.engines import EngineLoad, EngineOptions
 from actors.engines.conformance import check_conformance
 from actors.engines.sglang import SGLangEngine
 from actors.weights import WeightsIntake
@@ -199,6 +201,24 @@ def stop_all(engine: SGLangEngine) -> None:
         os.kill(pid, signal.SIGSTOP)
 
 
+@contextmanager
+def as_told(engine: SGLangEngine) -> Iterator[list[EngineLoad]]:
+    """The engine's `load` at the moment of every word of a lost server: whoever reads it beside a swap must see the loss whole."""
+    seen: list[EngineLoad] = []
+
+    class Reader(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "the server is lost" in record.getMessage():
+                seen.append(engine.load)
+
+    reader = Reader()
+    logging.getLogger("rlsys.sglang").addHandler(reader)
+    try:
+        yield seen
+    finally:
+        logging.getLogger("rlsys.sglang").removeHandler(reader)
+
+
 def swaps_while_it_hangs(engine: SGLangEngine, weights: Path, version: Version) -> None:
     """A swap finds the scheduler stopped: that is told in time too, and the swap goes to the next server."""
     before = engine.load.restarts
@@ -254,7 +274,10 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
                 np.testing.assert_array_equal(sample.token_ids, calm["calm", sample.position].token_ids)
                 assert sample.spans in ((Span(round_, 0, 50),), (Span(round_ - 1, 0, 50),))
         seen |= set(engine.server.processes)
-        swaps_while_it_hangs(engine, models[1][1], Version(5))
+        with as_told(engine) as told:
+            swaps_while_it_hangs(engine, models[1][1], Version(5))
+        assert [load.restarts for load in told] == [4], told
+        assert told[0].trouble is not None and told[0].trouble.doing == "starts" and "is stopped" in told[0].trouble.detail, told
         seen |= set(engine.server.processes)
     finally:
         engine.close()

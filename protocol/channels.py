@@ -469,11 +469,11 @@ class Link(_Socket):
 
 
 class Waker:
-    """Lets other threads end a poll."""
+    """Lets other threads, and signal handlers, end a poll."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may wake while the thread that it came upon does so, or closes
 
     def wake(self) -> None:
         """End the present or the next poll; nothing after `close`."""
@@ -489,10 +489,11 @@ class Waker:
             pass
 
     def close(self) -> None:
-        """Wake nobody any more."""
+        """Wake nobody any more. Safe to call twice."""
         with self._lock:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 def _role(identity: str) -> str:

@@ -2,6 +2,8 @@
 
 import re
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -352,3 +354,28 @@ def test_a_poll_of_nothing_waits_and_uses_no_processor_time() -> None:
     assert not poller.wait(0.3)
     assert time.monotonic() - began >= 0.3
     assert time.thread_time() - used < 0.1
+
+
+INTERRUPTED = """
+import os, signal
+from protocol.channels import Waker
+waker = Waker()
+signal.signal(signal.SIGTERM, lambda *_: waker.wake())
+def after_a_signal(call):
+    def patched(*arguments):
+        setattr(os, call.__name__, call)
+        signal.raise_signal(signal.SIGTERM)
+        call(*arguments)
+    setattr(os, call.__name__, patched)
+after_a_signal(os.eventfd_write)
+waker.wake()
+assert os.eventfd_read(waker.fd) == 2
+after_a_signal(os.close)
+waker.close()
+waker.close()
+waker.wake()
+"""
+
+
+def test_a_signal_may_wake_in_the_middle_of_a_wake_and_of_the_end() -> None:
+    subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=Path(__file__).resolve().parents[2], timeout=DEADLINE_S, check=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from contextlib import suppress
@@ -46,8 +47,15 @@ class Hold:
         hold = cls.__new__(cls)
         hold._fd = -1
         while hold._fd < 0:  # again, in case that it was swept away between its making and its locking
-            hold.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            hold._fd = _take(hold.directory, os.O_CREAT)
+            hold.directory = (parent or Path(tempfile.gettempdir())) / f"{prefix}{secrets.token_hex(4)}"
+            try:  # the directory is made inside: an interrupt may come as soon as it stands, and without the lock's file no sweep removes it
+                hold.directory.mkdir(mode=0o700)
+                hold._fd = _take(hold.directory, os.O_CREAT)
+            except FileExistsError:
+                continue
+            except BaseException:
+                shutil.rmtree(hold.directory, ignore_errors=True)
+                raise
         _mine.add(hold._fd)
         return hold
 

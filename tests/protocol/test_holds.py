@@ -143,3 +143,17 @@ def test_one_may_hold_what_others_made_and_the_last_to_leave_removes_it(tmp_path
     with Hold.of_new(PREFIX, tmp_path) as directory:
         (directory / "file").touch()
     assert not directory.exists()
+
+
+def test_an_interrupt_as_soon_as_the_directory_stands_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, made, mkdir = inherited(), list[str](), os.mkdir
+
+    def interrupted(path: str, *arguments: int) -> None:
+        mkdir(path, *arguments)
+        made.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Hold.of_new(PREFIX, tmp_path)
+    assert len(made) == 1 and list(tmp_path.iterdir()) == [] and sorted(inherited()) == sorted(before)

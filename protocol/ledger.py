@@ -205,9 +205,10 @@ class Ledger:
                 )
 
     def _read(self, query: str, values: Sequence[object] = ()) -> list[Any]:
-        """The rows of a query. Raises DataError when the file is damaged."""
+        """The rows of a query, none of a transaction that another thread is in. Raises DataError when the file is damaged."""
         try:
-            return self._db.execute(query, values).fetchall()
+            with self._lock:
+                return self._db.execute(query, values).fetchall()
         except sqlite3.OperationalError as error:
             raise DataError(f"{self._path}: the ledger cannot be read ({error})") from None
         except sqlite3.DatabaseError as error:
@@ -269,7 +270,7 @@ class Ledger:
 
     def sizes(self) -> list[tuple[float, str, int, str]]:
         """Every change of a fleet's size, in order: (time_s, fleet, count, why)."""
-        rows = self._db.execute("SELECT changed_s, fleet, count, why FROM sizes ORDER BY rowid").fetchall()
+        rows = self._read("SELECT changed_s, fleet, count, why FROM sizes ORDER BY rowid")
         return [(float(at), str(fleet), int(count), str(why)) for at, fleet, count, why in rows]
 
     # ------------------------------------------------------------------------------------------------ the dispatcher's part
@@ -389,7 +390,9 @@ class Ledger:
         return dict(self._read("SELECT state, COUNT(*) FROM ended GROUP BY state"))
 
     def close(self) -> None:
-        self._db.close()
+        """After the transaction that another thread may be in."""
+        with self._lock:
+            self._db.close()
 
     # ------------------------------------------------------------------------------------------------ transactions
 

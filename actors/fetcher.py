@@ -127,8 +127,10 @@ class Fetcher:
             return None if failed is None else (failed, self._reason, self._broken)
 
     def discard(self, ready: WeightsReady) -> None:
-        """What stands in the cache under this version is no good after all."""
-        self.complete = None
+        """What stands in the cache under this version is no good after all. A newer one that has come meanwhile stays `complete`."""
+        with self._lock:
+            if self.complete is not None and (self.complete.number, self.complete.incarnation) == (ready.number, ready.incarnation):
+                self.complete = None
         shutil.rmtree(self._cache / str(Version(ready.number, ready.incarnation)), ignore_errors=True)
 
     def close(self) -> None:
@@ -197,7 +199,8 @@ class Fetcher:
             os.close(fd)
             self.progress = (-1, 0, 0, 0.0)
         if _stands(target, ready):
-            self.complete = ready
+            with self._lock:
+                self.complete = ready
             self._wake()
 
     # ------------------------------------------------------------------------------------------------ one version

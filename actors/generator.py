@@ -387,9 +387,11 @@ class Generator:
 
     def _fetching(self) -> str:
         """What is under way from other hosts, in words."""
-        if self._network is None or self._network.fetcher.progress[0] < 0:
+        if self._network is None:
             return ""
-        number, left, cells, last_s = self._network.fetcher.progress
+        number, left, cells, last_s = self._network.fetcher.progress  # once: it is of another thread
+        if number < 0:
+            return ""
         return f"{cells - left} of {cells} pieces of v{number} have come, the last {time.monotonic() - last_s:.0f} s ago"
 
     def _facts(self) -> dict[str, Any]:

@@ -49,8 +49,9 @@ class WeightsIntake:
 
     @property
     def announced(self) -> int:
-        """The newest announced version; -1 for none."""
-        return -1 if self._announced is None else self._announced.number
+        """The newest announced version; -1 for none. It may be asked while another thread loads."""
+        announced = self._announced
+        return -1 if announced is None else announced.number
 
     @property
     def pending(self) -> WeightsReady | None:

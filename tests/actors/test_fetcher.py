@@ -290,6 +290,19 @@ def test_a_version_that_is_gone_or_broken_never_appears(network: Network) -> Non
     assert [p.name for p in network.caches["a"].iterdir() if not p.name.startswith(".")] == []
 
 
+def test_a_newer_version_that_came_meanwhile_is_not_discarded_with_an_older_one(network: Network) -> None:
+    older, newer = (network.publish(number, tensors(number, count=1)) for number in (1, 2))
+    network.shelve("learner-0@1", network.root, ORIGIN)
+    host = network.host(0, "a")
+    for ready in (older, newer):
+        host.want(ready)
+        until(have(host, ready), f"v{ready.number}")
+    host.discard(older)
+    assert host.complete is newer and not (network.caches["a"] / "v1").exists()
+    host.discard(newer)
+    assert host.complete is None and not (network.caches["a"] / "v2").exists()
+
+
 def test_a_reader_of_a_version_that_is_removed_gets_it_to_the_end(network: Network) -> None:
     ready = network.publish(1, tensors(count=40))
     network.shelve("learner-0@1", network.root, ORIGIN)

@@ -59,7 +59,7 @@ class Cell:
     """
 
     def __init__(self, profile: str, trees: Sequence[str], packages: Mapping[str, str], preload: Sequence[str] = ()) -> None:
-        """Raises CellError with the kernel's reason when the profile cannot be had."""
+        """Raises CellError when no process can be started; what the profile needs and the kernel refuses, `wait_ready` tells."""
         self._hold = Hold.of_new("rlsys-cell-") if profile == "landlock" else None
         tmp = ""
         if self._hold is not None:  # a cell that runs as another user passes through what we hold, to what is its own
@@ -92,6 +92,14 @@ class Cell:
                 stderr=self._errors,
                 env=_ENVIRONMENT,
             )
+        except BaseException as error:
+            self._control.close()
+            os.close(self._errors)
+            if self._hold is not None:
+                self._hold.remove()
+            if isinstance(error, OSError):
+                raise CellError(f"a sandbox cell cannot be started: {error}") from error
+            raise
         finally:
             theirs.close()
 

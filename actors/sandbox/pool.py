@@ -60,8 +60,10 @@ class CellPool:
 
     def _start_cells(self, number: int) -> list[Cell]:
         """Start cells side by side."""
-        cells = [self._keeper.submit(self._build_cell, self.profile).result(START_DEADLINE_S) for _ in range(number)]
+        cells: list[Cell] = []
         try:
+            for _ in range(number):
+                cells.append(self._keeper.submit(self._build_cell, self.profile).result(START_DEADLINE_S))
             for cell in cells:
                 cell.wait_ready()
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from actors.sandbox import MIB, Limits, wire
+from actors.sandbox.cell import Cell
 from actors.sandbox.confine import SANDBOX_UID
 from actors.sandbox.execution import Program
 from actors.sandbox.runner import Sandbox
@@ -262,6 +264,24 @@ def test_cells_die_with_an_owner_that_is_killed_and_what_they_leave_is_swept(san
     wait_until(lambda: not any(_alive(pid) for pid in family), "all cells of the dead owner ended")
     sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_that_cannot_be_started_is_an_infrastructure_fault_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def memory_files() -> list[str]:
+        return [name for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and "memfd" in (name := str(fd.readlink()))]
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    before = memory_files()
+    with pytest.raises(InfrastructureFault, match=r"a sandbox cell cannot be started: .*Resource temporarily unavailable"):
+        Cell("landlock", [], {})
+    gc.collect()
+    assert (memory_files(), list(tmp_path.iterdir())) == (before, [])
 
 
 def _alive(pid: int) -> bool:

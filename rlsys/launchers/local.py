@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,14 +54,17 @@ class Child:
         return how_it_ended(self._process.returncode or 0)
 
     def exit_code(self) -> int | None:
-        """None while it runs; negative is a signal's number. What is left of its group is killed once it has ended."""
-        code = self._process.poll()
-        if code is not None:
-            self.signal_group(signal.SIGKILL)
-        return code
+        """None while it runs; negative is a signal's number. What is left of its group is killed when it has ended."""
+        if self._process.returncode is None:
+            with suppress(ChildProcessError):  # somebody else has reaped it
+                if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                    self.signal_group(signal.SIGKILL)  # before it is reaped: afterwards its number may be that of another group
+        return self._process.poll()
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Signal every process of the group; nothing happens when there is none."""
+        """Signal every process of the group; nothing happens when it has ended, and what was left of the group with it."""
+        if self._process.returncode is not None:
+            return
         try:
             os.killpg(self._process.pid, number)
         except (ProcessLookupError, PermissionError):
@@ -75,7 +79,6 @@ class Child:
             raise DeadlineExceeded(
                 f"{self.spec.identity} (pid {self.pid}) was killed and is still there after {KILL_S:g} s: it hangs in the kernel"
             ) from None
-        self.signal_group(signal.SIGKILL)
 
     def tail(self, lines: int = 20) -> list[str]:
         """The end of its log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -97,10 +98,22 @@ def test_a_process_is_started_seen_and_ended_for_good(launcher: Started, run_dir
     start.release("rewarder", 0)
 
 
-def test_exit_code_and_last_words_of_a_process_that_ends_by_itself_are_known(launcher: Started, run_dir: Path) -> None:
+def test_exit_code_and_last_words_of_a_process_that_ends_by_itself_are_known(
+    launcher: Started, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, killpg = list[bool](), os.killpg
+
+    def noted(group: int, number: int) -> None:
+        there.append(Path(f"/proc/{group}").exists())
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", noted)
     start, turn = launcher
     handle = start.start(spec(run_dir, "teacher"), run_dir / "logs" / "teacher-0.log", {})
     until(lambda: handle.exit_code() is not None, turn)
     assert handle.exit_code() == 1
     assert "exit code 1" in handle.how()
     assert any("'teacher'" in line for line in handle.tail()), handle.tail()
+    handle.signal_group(signal.SIGKILL)
+    handle.kill()
+    assert there and all(there), "once it is reaped, its number may be another's: nothing is sent there"

@@ -47,6 +47,8 @@ log = logging.getLogger("rlsys.learner")
 
 FACTS, MANY_FACTS = 64, 1024
 """Most groups that a heartbeat names: incomplete ones with what they lack, and complete ones by their number alone."""
+CLOSE_S = 30.0
+"""Longest wait for the thread to end: it may be writing to a disk that is busy."""
 CREDIT_WINDOW = 4096
 """Trajectories that all reward actors together may have under way to the learner. Journaling one costs microseconds."""
 
@@ -209,10 +211,10 @@ class Intake:
         self._node.wake()
 
     def close(self) -> None:
-        """End the thread, waiting a moment for it. Nothing happens when it was never started."""
+        """End the thread and wait for it: its sockets, the journal and the ledger are closed next. Nothing happens when it was never started."""
         self._node.stop("closing")
         if self._thread.ident is not None:
-            self._thread.join(timeout=3.0)
+            self._thread.join(CLOSE_S)
 
     def _raise(self) -> None:
         if self._error is not None:

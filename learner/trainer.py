@@ -12,7 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,8 @@ class Leader:
         while not self._node.stopping:
             time.sleep(0.2)
         time.sleep(STOP_GRACE_S)
+        if self._failed:
+            time.sleep(TELL_S)
         log.info("%s leaves in the middle of a step: the run was stopped", self._node.identity)
         os._exit(1 if self._failed else 0)
 
@@ -354,6 +357,8 @@ def over_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 STOP_GRACE_S = 3.0
 """How long a rank may take to leave a step after the run was stopped. What it computes then is not used."""
+TELL_S = 30.0
+"""How much longer one may take that broke: a busy disk holds up the end of journal and ledger, and only then it says why."""
 
 
 # ---------------------------------------------------------------------------------------------------- ranks 1..K-1
@@ -371,42 +376,56 @@ def follow(node: Node, job: LearnerJob) -> None:
         node.poll(1.0)
         address = node.addresses_of("rendezvous").get("learner-0", "")
     host, _, port = address.rpartition(":")
-    poller = threading.Thread(target=_poll_until_stopped, args=(node,), name="poll", daemon=True)
+    with polled(node):
+        store = connect_store(host, int(port), settings.ranks, settings.collective_timeout_s)
+        rank = node.spec.index
+        group = join(store, rank, settings.ranks, device=pick_device(settings.device, rank), timeout_s=settings.collective_timeout_s)
+        step = build_step(settings, job.model_dir, group)
+        path = group.broadcast_bytes(None).decode()
+        if path:
+            load(Path(path), step, verified=True)
+        committer = Committer(job.run_dir / CHECKPOINTS, CommitPolicy(settings.commit_every), checkpoints=settings.checkpoints)
+        dtype = DTYPES[job.publish_dtype]
+        iteration, last, commit = 0, True, False
+        while True:
+            if last:
+                node.recorder.enter("publish")
+                step.canary()  # a sharded model computes it on all ranks
+                step.help_publishing(dtype, version=True)  # the version that training starts from, then that of each iteration
+            if commit:
+                committer.begin(step, iteration + 1, None)
+            node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")
+            data = group.broadcast_bytes(None)
+            if not data:
+                break
+            samples, iteration, step.peak_lr, last, commit = unpack_batch(data)
+            node.recorder.enter("train", iteration=iteration)
+            step.train(samples, iteration, job.iterations)
+        node.recorder.enter("publish")
+        step.help_publishing(dtype)  # the final model
+        node.recorder.enter("waiting:end of run", "learner", "")
+
+
+@contextmanager
+def polled(node: Node) -> Iterator[None]:
+    """Heartbeats from a thread of their own while the block computes. The node is this thread's again when the block has raised, to close it."""
+    broke = threading.Event()
+    poller = threading.Thread(target=_poll_until_stopped, args=(node, broke), name="poll", daemon=True)
     poller.start()
-    store = connect_store(host, int(port), settings.ranks, settings.collective_timeout_s)
-    rank = node.spec.index
-    group = join(store, rank, settings.ranks, device=pick_device(settings.device, rank), timeout_s=settings.collective_timeout_s)
-    step = build_step(settings, job.model_dir, group)
-    path = group.broadcast_bytes(None).decode()
-    if path:
-        load(Path(path), step, verified=True)
-    committer = Committer(job.run_dir / CHECKPOINTS, CommitPolicy(settings.commit_every), checkpoints=settings.checkpoints)
-    dtype = DTYPES[job.publish_dtype]
-    iteration, last, commit = 0, True, False
-    while True:
-        if last:
-            node.recorder.enter("publish")
-            step.canary()  # a sharded model computes it on all ranks
-            step.help_publishing(dtype, version=True)  # the version that training starts from, then that of each iteration
-        if commit:
-            committer.begin(step, iteration + 1, None)
-        node.recorder.enter("waiting:batch", "learner", "rank 0's broadcast")
-        data = group.broadcast_bytes(None)
-        if not data:
-            break
-        samples, iteration, step.peak_lr, last, commit = unpack_batch(data)
-        node.recorder.enter("train", iteration=iteration)
-        step.train(samples, iteration, job.iterations)
-    node.recorder.enter("publish")
-    step.help_publishing(dtype)  # the final model
-    node.recorder.enter("waiting:end of run", "learner", "")
+    try:
+        yield
+    except BaseException:
+        broke.set()
+        node.wake()
+        poller.join()
+        raise
     poller.join()
 
 
-def _poll_until_stopped(node: Node) -> None:
-    """Heartbeats while the main thread computes; leaves the process when the run stops, because a collective cannot be interrupted."""
+def _poll_until_stopped(node: Node, broke: threading.Event) -> None:
+    """Until `broke`. Leaves the process when the run stops, because a collective cannot be interrupted."""
     try:
-        while True:
+        while not broke.is_set():
             node.poll(1.0)
     except RunEnded as end:
         log.info("%s ends: %s", node.identity, end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
+import threading
 from pathlib import Path
 
 import msgpack
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.trainer import pack_batch, unpack_batch
+from learner.trainer import pack_batch, polled, unpack_batch
 from protocol.codec import decode
+from protocol.errors import DeadlineExceeded
 from protocol.journal import read_journal
 from protocol.manifest import verify
 from protocol.messages import (
@@ -30,6 +32,7 @@ from protocol.messages import (
     WeightsReady,
     key_of,
 )  # fmt: skip
+from protocol.node import Node
 from rlsys.config import dump_config, parse_config
 from rlsys.launchers.local import Child
 from tests.configuration import minimal
@@ -176,3 +179,16 @@ def test_a_model_that_cannot_be_read_ends_the_learner_with_one_sentence(ring: Ri
     ring.until(lambda: ring.control.of(Finished), "it says why")
     assert ring.control.of(Finished)[0].error.startswith("user: no causal language model can be read from")
     assert "Traceback" not in "\n".join(child.tail())
+
+
+def test_a_rank_that_breaks_has_its_sockets_to_itself_when_it_closes_them(ring: Ring) -> None:
+    def breaks(node: Node) -> None:
+        node.start()
+        with polled(node):
+            raise DeadlineExceeded("rank 0 is gone")
+
+    rank = ring.run("learner", breaks, index=1)
+    rank.expected = DeadlineExceeded
+    ring.until(lambda: not rank.thread.is_alive(), "its end")
+    assert isinstance(rank.error, DeadlineExceeded)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "poll"] == []

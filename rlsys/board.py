@@ -23,17 +23,19 @@ _OPTIONS = ("--host", "127.0.0.1", "--port", "0", "--reload_interval", "5")
 class Board:
     """Use as a context manager. `address` is where a browser finds it."""
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(self, log_dir: Path, on_address: Callable[[str], object] = lambda address: None) -> None:
+        """`on_address` is called with the address once it is known, from a thread."""
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM, "--logdir", str(log_dir), *_OPTIONS],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
         self.address = ""
-        self.on_address: Callable[[str], object] = lambda address: None
+        self._on_address = on_address
         self._known = threading.Event()
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, name="tensorboard", daemon=True)
@@ -47,7 +49,7 @@ class Board:
             if found:
                 self.address = found[1]
                 self._known.set()
-                self.on_address(self.address)
+                self._on_address(self.address)
         self._known.set()
 
     def wait(self) -> str:

@@ -169,8 +169,7 @@ def _supervise(
 
         supervisor.on_event, supervisor.on_tick = on_event, progress.tick
         if tensorboard:
-            board = stack.enter_context(Board(directory.path / "tensorboard"))
-            board.on_address = lambda address: _show_board(supervisor, progress, address)
+            stack.enter_context(Board(directory.path / "tensorboard", lambda address: _show_board(supervisor, progress, address)))
         try:
             ending = supervisor.run()
         except UserError:

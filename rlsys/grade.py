@@ -108,14 +108,16 @@ def grade(
     scorer: Reward = resolve(reward, REWARDS, "reward")(parsed)
     started = time.monotonic()
     results: list[tuple[Submission, Score]] = []
+    pool = ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(_score, scorer, problems[s.problem_id], s): s for s in submissions}
-            for future in as_completed(futures):
-                results.append((futures[future], future.result()))
-                _progress(len(results), len(submissions), started)
-    finally:
+        futures = {pool.submit(_score, scorer, problems[s.problem_id], s): s for s in submissions}
+        for future in as_completed(futures):
+            results.append((futures[future], future.result()))
+            _progress(len(results), len(submissions), started)
+    finally:  # an interrupt or a bug of the reward waits for nothing that has not begun, and ends what has
+        pool.shutdown(wait=False, cancel_futures=True)
         scorer.close()
+        pool.shutdown()
     order = {id(s): i for i, s in enumerate(submissions)}
     results.sort(key=lambda result: order[id(result[0])])
     records = [

@@ -319,12 +319,13 @@ class Service:
 
     def _scorer(self, options: Mapping[str, Any]) -> UnitTests:
         key = json.dumps(options, sort_keys=True)
-        scorer = self._scorers.get(key)
-        if scorer is None:
-            scorer = self._scorers[key] = UnitTests(options, self._bench)
-            while len(self._scorers) > KINDS_KEPT:
-                self._scorers.pop(next(iter(self._scorers)), None)
-        return scorer
+        with self._lock:
+            scorer = self._scorers.get(key)
+            if scorer is None:
+                scorer = self._scorers[key] = UnitTests(options, self._bench)
+                while len(self._scorers) > KINDS_KEPT:
+                    del self._scorers[next(iter(self._scorers))]
+            return scorer
 
 
 def _short(value: object) -> str:

@@ -19,8 +19,7 @@ def test_it_serves_while_the_run_lasts_and_not_longer(tmp_path: Path, monkeypatc
     logger.scalars(0, 1.0, {"reward/mean": 0.5})
     logger.close()
     told: list[str] = []
-    with Board(tmp_path / "tensorboard") as board:
-        board.on_address = told.append
+    with Board(tmp_path / "tensorboard", told.append) as board:
         address = board.wait()
         assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(address, timeout=300) as response:

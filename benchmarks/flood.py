@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,23 +25,13 @@ from typing import Any
 import zmq
 
 from benchmarks.observe import NO_STEP
+from benchmarks.runs import running, status_when
 from protocol.channels import Keys
 from rlsys.launchers.local import cpu_seconds
-from rlsys.rundir import read_json
 from tests.system.test_flood import flood
 
 SIDES = ("alone", "elsewhere", "flooded")
-
-
-def until(run: Path, process: subprocess.Popen[bytes], iteration: int) -> tuple[float, dict[str, Any]]:
-    """When the run reached an iteration, and its status then."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        status = read_json(run / "status.json") or {}
-        if status.get("iteration", 0) >= iteration:
-            return time.time(), status
-        time.sleep(0.05)
-    raise RuntimeError(f"{run}: no iteration {iteration}; see {run / 'logs'}")
+ITERATION_S = 300.0
 
 
 @contextmanager
@@ -82,18 +70,10 @@ def measure(side: str, config: Path, directory: Path, iterations: int) -> tuple[
     run = directory / "run"
     changes = [f"iterations={iterations}", "transport.kind=tcp", "evaluation.at_start=false", "evaluation.at_end=false"]
     changes.append(f"learner.optimizer.lr={NO_STEP}")
-    arguments = [argument for change in changes for argument in ("--set", change)]
-    command = [sys.executable, "-P", "-m", "rlsys", "up", str(config), "--run-dir", str(run), "--plain", *arguments]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-    )
-    try:
+    with running(config, run, changes) as process:
         with ExitStack() as stack:
-            started, status = until(run, process, 3)
+            status = status_when(run, process, lambda s: s.get("iteration", 0) >= 3, ITERATION_S)
+            started = time.monotonic()
             content = json.loads((run / "keys.json").read_text())
             keys = Keys(content["public"].encode(), content["secret"].encode())
             addresses = sorted({a for p in status["processes"] for a in p["addresses"].values() if a.startswith("tcp://")})
@@ -104,14 +84,12 @@ def measure(side: str, config: Path, directory: Path, iterations: int) -> tuple[
             first = status["iteration"]
             pids = {process.pid, *(p["pid"] for p in status["processes"])}
             before_s = cpu_seconds(pids)
-            ended, status = until(run, process, iterations - 1)
+            status = status_when(run, process, lambda s: s["iteration"] >= iterations - 1, ITERATION_S)
+            ended = time.monotonic()
             spent_s = cpu_seconds(pids) - before_s
             num = status["iteration"] - first
         process.wait(timeout=120)
         return num / (ended - started), spent_s / num
-    finally:
-        process.kill()
-        process.wait()
 
 
 def main() -> int:

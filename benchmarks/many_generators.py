@@ -17,18 +17,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.runs import running, status_when
 from rlsys.audit import audit_run
 from rlsys.rundir import read_json
 
@@ -123,43 +122,6 @@ def private_bytes(pid: int) -> float:
     return sum(float(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
-@contextmanager
-def running(config: dict[str, Any], run: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The run, ended in order at the end, and by force if it does not end."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    path = run.parent / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    with (run.parent / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlsys", "up", str(path), "--run-dir", str(run), "--plain"],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=180)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def status_when(
-    run: Path, process: subprocess.Popen[bytes], condition: Callable[[dict[str, Any]], Any], deadline_s: float
-) -> dict[str, Any]:
-    """The first status of which `condition` holds. Raises RuntimeError."""
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline:
-        status = read_json(run / "status.json") or {}
-        if condition(status):
-            return status
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended: {(run.parent / 'log').read_text()[-2000:]}")
-        time.sleep(0.2)
-    raise RuntimeError(f"not within {deadline_s:g} s: {(run.parent / 'log').read_text()[-2000:]}")
-
-
 def at_work(status: dict[str, Any]) -> int:
     """How many generators have sampled anything."""
     return sum(p["name"].startswith("generator") and p["progress"] > 0 for p in status.get("processes", ()))
@@ -179,7 +141,10 @@ def measure(
     config = configuration(generators, rate, tokens, rewarders)
     samples = config["sampling"]["groups_per_iteration"] * GROUP_SIZE
     watch, began = Watch(), time.monotonic()
-    with running(config, run) as process:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    path = run.parent / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with running(path, run) as process:
         status = status_when(run, process, lambda s: at_work(s) == generators, start_s)
         started_s = time.monotonic() - began
         first = status["iteration"] + 3  # buffers and tables have their size by then

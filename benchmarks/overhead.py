@@ -19,8 +19,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,6 +34,7 @@ from actors.dispatcher import Dispatcher, DispatcherJob
 from actors.pacing import PacingRule
 from actors.settings import DataSettings, EvaluationSettings, SamplingSettings
 from actors.stages import StagePlan
+from benchmarks.runs import running, status_when
 from benchmarks.transport import measure_row
 from learner.batcher import Assembler, Batcher
 from learner.line import BatchRule
@@ -43,13 +42,13 @@ from learner.settings import LearnerSettings
 from protocol.codec import encode
 from protocol.ledger import Issue, Ledger
 from protocol.messages import Trajectory
-from rlsys.rundir import read_json
 from rlsys.simulated_model import ensure_simulated
 
 GOAL_US = 300.0
 GROUPS, SIZE = 128, 8
 ITERATIONS = 6
 RING_ITERATIONS = 12
+RING_S = 300.0
 GENERATORS = 4
 
 
@@ -198,24 +197,11 @@ def ring_us(tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="rlsys-overhead-") as directory:
         config, run = Path(directory) / "config.yaml", Path(directory) / "run"
         config.write_text(yaml.safe_dump(content))
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlsys", "up", str(config), "--run-dir", str(run), "--plain"],
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        )
         marks: list[tuple[int, dict[str, float]]] = []
-        try:
-            while process.poll() is None and len(marks) < 2:
-                status = read_json(run / "status.json") or {}
-                iteration = int(status.get("iteration") or 0)
-                if iteration >= (RING_ITERATIONS - 2 if marks else 2):
-                    marks.append((iteration, {p["name"]: _cpu_s(p["pid"]) for p in status["processes"]}))
-                time.sleep(0.05)
-        finally:
-            process.terminate()
-            process.wait(30)
-    if len(marks) < 2:
-        raise SystemExit("the ring ended before it could be measured")
+        with running(config, run) as process:
+            for iteration in (2, RING_ITERATIONS - 2):
+                status = status_when(run, process, lambda s, goal=iteration: s.get("iteration", 0) >= goal, RING_S)
+                marks.append((status["iteration"], {p["name"]: _cpu_s(p["pid"]) for p in status["processes"]}))
     (first, before), (last, after) = marks
     samples = (last - first) * 32 * SIZE
     roles: dict[str, float] = {}

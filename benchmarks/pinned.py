@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.overlap import seconds_per_iteration
+from benchmarks.runs import ROOT, running
 from rlsys.cli import main as rlsys
 from rlsys.rundir import read_json
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 PLAIN = ["evaluation.at_start=false", "evaluation.at_end=false"]
 
@@ -35,12 +35,8 @@ def run(iterations: int, settings: Sequence[str], pins: dict[str, int]) -> float
     """Median seconds per iteration of one run; `pins` is role -> core."""
     with tempfile.TemporaryDirectory(prefix="rlsys-pinned-") as directory:
         run_dir = Path(directory) / "run"
-        command = [sys.executable, "-P", "-m", "rlsys", "up", str(CONFIG), "--plain", "--run-dir", str(run_dir)]
-        for setting in (f"iterations={iterations}", *PLAIN, *settings):
-            command += ["--set", setting]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
         pinned: set[int] = set()
-        try:
+        with running(CONFIG, run_dir, (f"iterations={iterations}", *PLAIN, *settings)) as process:
             while process.poll() is None:
                 for one in (read_json(run_dir / "status.json") or {}).get("processes", []):
                     core = pins.get(one["name"].rpartition("-")[0])
@@ -51,10 +47,6 @@ def run(iterations: int, settings: Sequence[str], pins: dict[str, int]) -> float
                     process.wait(0.2)
                 except subprocess.TimeoutExpired:
                     pass
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(30)
         if process.returncode:
             raise SystemExit(f"the run ended with exit code {process.returncode}")
         return seconds_per_iteration(run_dir)

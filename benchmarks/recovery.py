@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import running, status_when
 from rlsys.chaos import ROLES, chaos
-from rlsys.rundir import read_json
 
 START_S = 300.0
 
@@ -45,12 +45,8 @@ def main() -> int:
 def measure(config: Path, run: Path, kills: int, overrides: list[str]) -> dict[str, Any]:
     """Role -> its figures. The run is ended."""
     limits = [f"restarts.{role}=1000" for role in ROLES]
-    sets = [word for one in (*overrides, "iterations=1000000", "evaluation.at_start=false", *limits) for word in ("--set", one)]
-    command = [sys.executable, "-m", "rlsys", "up", str(config), "--run-dir", str(run), "--plain", *sets]
-    with (run.parent / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        ready = _starts(run)
+    with running(config, run, (*overrides, "iterations=1000000", "evaluation.at_start=false", *limits)) as process:
+        ready = _starts(run, process)
         figures = {}
         for role in ROLES:
             hits = chaos(
@@ -60,26 +56,22 @@ def measure(config: Path, run: Path, kills: int, overrides: list[str]) -> dict[s
             times = [hit["useful_after_s"] for hit in hits if hit["useful_after_s"] is not None]
             figures[role] = {"kills": len(hits), "median_s": statistics.median(times), "start_s": ready[role]}
         return figures
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
-def _starts(run: Path) -> dict[str, float]:
+def _starts(run: Path, process: subprocess.Popen[bytes]) -> dict[str, float]:
     """Role -> seconds from the start of the processes until all of it were at work; returns once the first iteration is done."""
-    begun, ready, deadline = None, dict[str, float](), time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        status = read_json(run / "status.json") or {}
-        if status and begun is None:
-            begun = time.monotonic()
+    status_when(run, process, bool, START_S)
+    begun, ready = time.monotonic(), dict[str, float]()
+
+    def look(status: dict[str, Any]) -> bool:
         for role in ROLES:
             states = [p for p in status.get("processes", []) if p["name"].startswith(f"{role}-")]
-            if begun is not None and role not in ready and states and all(p["doing"] != "starting" for p in states):
+            if role not in ready and states and all(p["doing"] != "starting" for p in states):
                 ready[role] = time.monotonic() - begun
-        if status.get("iteration", 0) >= 1:
-            return ready
-        time.sleep(0.1)
-    raise SystemExit(f"no iteration within {START_S:g} s; see {run.parent / 'log'}")
+        return bool(status.get("iteration", 0) >= 1)
+
+    status_when(run, process, look, START_S)
+    return ready
 
 
 if __name__ == "__main__":

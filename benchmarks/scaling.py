@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlsys.rundir import read_json
+from benchmarks.runs import ROOT, running, status_when
 from rlsys.scale import settled
 
-CONFIG = Path(__file__).parent.parent / "configs" / "simulated.yaml"
+CONFIG = ROOT / "configs" / "simulated.yaml"
 START_S = 300.0
 SETTLE_S = 5.0
 """After a change, before it counts: groups under way fill the new engines."""
@@ -62,44 +62,25 @@ def measure(run: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each size, in order. The run is ended."""
     changes = [*GENEROUS, *(f"{key}={options.speed}" for key in SPEED), *options.overrides]
     changes += ["iterations=1000000", f"generators.count={options.low}"]
-    sets = [word for one in changes for word in ("--set", one)]
-    with (run.parent / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rlsys", "up", str(CONFIG), "--run-dir", str(run), "--plain", *sets],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
-    try:
-        wait(run, lambda status: status.get("iteration", 0) >= 2)
-        rows = [{"count": options.low, "scale_s": 0.0, "tokens_per_s": rate(run, options.window)}]
+    with running(CONFIG, run, changes) as process:
+        status_when(run, process, lambda status: status.get("iteration", 0) >= 2, START_S)
+        rows = [{"count": options.low, "scale_s": 0.0, "tokens_per_s": rate(run, process, options.window)}]
         for count in [options.high, options.low] * options.times:
             began = time.monotonic()
             subprocess.run([sys.executable, "-m", "rlsys", "scale", str(run), f"generators={count}"], check=True, stdout=subprocess.DEVNULL)
             took = time.monotonic() - began
-            wait(run, lambda status: settled(status, {"generators": {}}))
+            status_when(run, process, lambda status: settled(status, {"generators": {}}), START_S)
             time.sleep(SETTLE_S)
-            rows.append({"count": count, "scale_s": took, "tokens_per_s": rate(run, options.window)})
+            rows.append({"count": count, "scale_s": took, "tokens_per_s": rate(run, process, options.window)})
             print(f"{count} generators: {rows[-1]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
         return rows
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
-def rate(run: Path, window_s: float) -> float:
+def rate(run: Path, process: subprocess.Popen[bytes], window_s: float) -> float:
     """Tokens sampled a second, over a window."""
-    first = read_json(run / "status.json") or {}
-    wait(run, lambda status: status.get("time_s", 0.0) > first["time_s"] + window_s)
-    last = read_json(run / "status.json") or {}
+    first = status_when(run, process, bool, START_S)
+    last = status_when(run, process, lambda status: status.get("time_s", 0.0) > first["time_s"] + window_s, window_s + START_S)
     return float((last["sampled_tokens"] - first["sampled_tokens"]) / (last["time_s"] - first["time_s"]))
-
-
-def wait(run: Path, condition: Any) -> None:
-    """Until the status is so. Raises TimeoutError."""
-    deadline = time.monotonic() + START_S
-    while not condition(read_json(run / "status.json") or {}):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{run}: not within {START_S:g} s")
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,9 @@ class Child:
         """None while it runs; negative is a signal's number. What is left of its group is killed when it has ended."""
         if self._process.returncode is None:
             with suppress(ChildProcessError):  # somebody else has reaped it
-                if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                    self.signal_group(signal.SIGKILL)  # before it is reaped: afterwards its number may be that of another group
+                if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    return None  # looked at once: `poll` below could find it ended a moment later, and reap it before its group is killed
+                self.signal_group(signal.SIGKILL)  # before it is reaped: afterwards its number may be that of another group
         return self._process.poll()
 
     def signal_group(self, number: signal.Signals) -> None:

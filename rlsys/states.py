@@ -113,7 +113,7 @@ def kernel_view(leaders: set[int]) -> dict[int, tuple[bool, bool, float]]:
         if not entry.name.isdigit():
             continue
         try:
-            fields_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            fields_ = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         except OSError:
             continue
         session = int(fields_[3])

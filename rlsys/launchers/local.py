@@ -127,7 +127,7 @@ def tail(path: Path, lines: int) -> list[str]:
 def start_ticks(pid: int) -> int:
     """When a process was started, in clock ticks since the boot; 0 when there is none (a zombie is none)."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return 0
     return 0 if fields[0] == "Z" else int(fields[19])
@@ -151,7 +151,7 @@ def cpu_seconds(pids: set[int]) -> float:
         if not entry.name.isdigit():
             continue
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            fields = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) in pids:  # session

@@ -43,6 +43,8 @@ log = logging.getLogger("rlsys.sglang")
 
 RETRIES = 2
 """How often one request is sent again to a server that lives but broke it off."""
+DEATH_S = 1.0
+"""From the end of a process's connections to its own, at most: the kernel closes its files first, and a busy machine may pause between."""
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -227,11 +229,11 @@ class SGLangEngine:
                 if not self._ready:
                     continue  # it was lost meanwhile, and that was told
                 if isinstance(fault, NoAnswer | PartlyLoaded):
-                    self._lost(self._client.dead or str(fault))
+                    self._lost(str(fault))
                     continue
                 if self._lives():
                     raise WeightsError(f"{directory}: the server refused the weights ({fault})") from None
-                self._lost(str(self._server.fault() or fault))
+                self._lost(self._why_dead() or str(fault))
 
     def score(self, prompt_ids: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], temperature: float) -> npt.NDArray[np.float32]:
         """Log-probs [T] of `token_ids` after `prompt_ids`; running samples go on. The prompt's cached prefix is used, if there is one."""
@@ -387,7 +389,7 @@ class SGLangEngine:
             return
         self._waiting.appendleft(sample)
         if not self._lives():
-            self._lost(self._server.fault() or event.reason)
+            self._lost(self._why_dead() or event.reason)
             return
         sample.retries += 1
         if sample.retries > RETRIES:
@@ -562,20 +564,26 @@ class SGLangEngine:
         if self._client.dead or self._server.fault():
             return False
         try:
-            self._client.call("GET", f"{self._server.url}/model_info", timeout_s=5.0)
+            self._client.call("GET", f"{self._server.url}/model_info", timeout_s=self._options.silence_s)
         except InfrastructureFault:
             return False
         return not self._server.fault()
 
+    def _why_dead(self) -> str:
+        """What ended of a server that does not live, once the kernel says so; empty if its processes stay."""
+        until = time.monotonic() + (0.0 if self._server.attached else DEATH_S)
+        while not (fault := self._client.dead or self._server.fault()) and time.monotonic() < until:
+            time.sleep(0.01)
+        return fault
+
     def _lost(self, reason: str) -> None:
         """The server is gone: all unfinished samples wait for the next one, and for weights. Raises InfrastructureFault when it is too often."""
         stopped = self._server.stopped()
+        if self._ready:  # the watch says why it gives a server up, and kills it then: what was stopped before that, is so no more
+            reason = self._client.dead or reason
         self._why_lost = f"{reason} ({stopped})" if stopped and stopped not in reason else reason
         self._fault = f"{self._why_lost}; {self._server.tail()}" if not self._server.attached else reason
-        self._ready, self._began_s, self._version = False, time.monotonic(), None  # before it is told: `load` is read beside a swap
-        self._restarts += 1
-        self._starts += 1
-        log.error("the server is lost (%d in a row): %s", self._starts, self._fault)
+        self._ready, self._began_s, self._version = False, time.monotonic(), None
         back = [sample for sample in self._running.values() if not sample.aborted]
         gone = [sample for sample in self._running.values() if sample.aborted]
         self._running.clear()
@@ -588,6 +596,9 @@ class SGLangEngine:
         for sample in gone:
             sample.begin_anew()
             self._finish(sample, "abort")
+        self._restarts += 1  # it is told from here on, once all of the loss is seen: `load` is read beside a swap
+        self._starts += 1
+        log.error("the server is lost (%d in a row): %s", self._starts, self._fault)
         if self._starts > self._options.restarts:
             raise InfrastructureFault(f"sglang engine: the server was lost {self._starts} times in a row, the last: {self._fault}")
         self._start()

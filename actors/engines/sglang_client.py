@@ -166,7 +166,10 @@ class Client:
 
     def call(self, method: str, url: str, body: dict[str, Any] | None = None, *, timeout_s: float = 30.0) -> dict[str, Any]:
         """One plain request. Raises NoAnswer when it is not answered, InfrastructureFault when the answer does not say success."""
-        answer: dict[str, Any] = self._wait(self._call_alive(method, url, body, timeout_s), timeout_s + 5.0)
+        try:
+            answer: dict[str, Any] = self._wait(self._call_alive(method, url, body, timeout_s), timeout_s + 5.0)
+        except TimeoutError:  # this process stood still, or the answer would be there, if only to say that none came
+            raise NoAnswer(f"{method} {url}: no answer within {timeout_s:g} s, in which this process stood still") from None
         return answer
 
     def watch(self, url: str, processes: Processes, silence_s: float) -> None:
@@ -227,6 +230,8 @@ class Client:
         try:
             return await task
         except asyncio.CancelledError:
+            if (this := asyncio.current_task()) is not None and this.cancelling():
+                raise  # nobody waits for it any more
             raise NoAnswer(f"{method} {url}: given up: {self.dead or 'the engine was closed'}") from None
         finally:
             self._calls.discard(task)
@@ -239,7 +244,7 @@ class Client:
                 text = await answer.text()
         except TimeoutError:
             raise NoAnswer(f"{where}: no answer within {timeout_s:g} s") from None
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise InfrastructureFault(f"{where}: {error or type(error).__name__}") from None
         try:
             content = json.loads(text) if text else {}
@@ -275,8 +280,10 @@ class Client:
     async def _abort(self, stream: Stream) -> None:
         while stream.rid in self._streams:
             try:
-                await self._session.post(f"{self._url}/abort_request", json={"rid": stream.rid}, timeout=aiohttp.ClientTimeout(total=10.0))
-            except (aiohttp.ClientError, TimeoutError):
+                timeout = aiohttp.ClientTimeout(total=10.0)
+                async with self._session.post(f"{self._url}/abort_request", json={"rid": stream.rid}, timeout=timeout):
+                    pass
+            except (aiohttp.ClientError, OSError):
                 return  # the stream has noticed as well
             await asyncio.sleep(0.2)
 
@@ -350,7 +357,12 @@ class Client:
         self._loop.call_soon_threadsafe(begin)
 
     def _wait(self, work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise
 
 
 def _dump(value: object) -> str:

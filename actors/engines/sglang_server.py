@@ -257,11 +257,8 @@ class Server:
             return ""
         if self._guard.poll() is not None:
             return f"its server ended with exit code {self._guard.returncode}"
-        for pid, name in self._processes.items():
-            state = _state(pid)
-            if state in ("", "Z", "X"):
-                return f"its {name} process ({pid}) died"
-        return ""
+        dead = [f"its {name} process ({pid}) died" for pid, name in self._processes.items() if _state(pid) in ("", "Z", "X")]
+        return ", ".join(dead)  # all: whichever died first takes the others along
 
     def stopped(self) -> str:
         """Which of its processes a signal or a debugger stopped, in words; empty if none."""
@@ -340,7 +337,7 @@ class Server:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    text = (entry / "stat").read_text()
+                    text = (entry / "stat").read_text("utf-8", "replace")  # a name that was cut off may end in half a character
                 except OSError:
                     continue
                 name = text.partition("(")[2].rpartition(")")[0]
@@ -359,7 +356,7 @@ class Server:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on; empty when there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return []
 

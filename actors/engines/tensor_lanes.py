@@ -232,6 +232,8 @@ class DistributedLane:
         while not store.num_keys():  # a rank that arrives leaves one
             if asking.wait(0.05):
                 asking.result()
+                if store.num_keys():  # they came after the look before; NCCL's do not wait there for this one
+                    break
                 raise InfrastructureFault(f"the server's ranks are in the group, but none came to {host}:{store.port}")
             if time.monotonic() > deadline:
                 raise NoAnswer(f"none of the server's ranks came to {host}:{store.port} within {MEET_S:g} s")

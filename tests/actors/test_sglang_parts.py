@@ -31,7 +31,7 @@ from actors.engines.swaps import choose_swap
 from actors.engines.tensors import check_shapes, read_shapes
 from protocol.errors import ConfigError, InfrastructureFault, WeightsError
 from rlsys.engines import install, read_lock
-from tests.actors.processes import wait_until
+from tests.actors.processes import descendants, wait_until
 
 # ---------------------------------------------------------------------------------------------------- decisions
 
@@ -307,6 +307,35 @@ def test_a_full_disk_costs_lines_of_the_log_and_nothing_else() -> None:
     guarded = Guarded(Path("/dev/full"), program)
     assert guarded.process.wait(120) == 7
     os.close(guarded.pipe)
+
+
+def test_every_process_of_a_server_that_died_is_named_and_names_of_others_may_be_any_bytes(tmp_path: Path) -> None:
+    """Whichever died first takes the others along before anybody looks."""
+    program = """
+import ctypes, os, subprocess, sys, time
+named = "import ctypes, time; ctypes.CDLL(None).prctl(15, {!r}, 0, 0, 0); print(end='x', flush=True); time.sleep(600)"
+children = [subprocess.Popen([sys.executable, "-c", named.format(name)], stdout=subprocess.PIPE) for name in (b"sglang::schedul", b"\\xc3(")]
+assert [child.stdout.read(1) for child in children] == [b"x", b"x"]
+print("ready", os.getpid(), *(child.pid for child in children), flush=True)
+time.sleep(600)
+"""
+    guarded = Guarded(tmp_path / "log", program)
+    try:
+        first, scheduler, odd = map(int, guarded.said())
+        assert {first, scheduler, odd} <= descendants(guarded.process.pid)
+        server = Server.__new__(Server)
+        server._guard = guarded.process
+        server._processes = server._members()
+        assert server.processes == {first: "HTTP", scheduler: "scheduler"} and not server.fault()
+        os.kill(guarded.process.pid, signal.SIGSTOP)  # so that it is seen before the guard ends as well
+        os.kill(scheduler, signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: server.fault().count("died") == 2, "both have died")
+        assert server.fault() == f"its HTTP process ({first}) died, its scheduler process ({scheduler}) died"
+    finally:
+        os.kill(guarded.process.pid, signal.SIGCONT)
+        os.close(guarded.pipe)
+        guarded.process.wait(120)
 
 
 # ---------------------------------------------------------------------------------------------------- the environment

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.engines import ENGINES, Engine, EngineOptions
+from actors.engines import ENGINES, Engine, EngineOptions, Sampled
 from protocol.errors import WeightsError
 from protocol.messages import Span, Version
 from protocol.registry import resolve
@@ -71,7 +71,8 @@ def test_logprobs_are_those_of_a_full_forward_pass(model_engine: Engine, models:
 
 
 def test_tokens_across_a_swap_belong_to_the_version_that_their_span_names(model_engine: Engine, models: list[tuple[Any, Path]]) -> None:
-    """A server goes on while the swap is on its way to it; where that came after the samples' ends, another is tried."""
+    """A server goes on while the swap is on its way to it; where that came after the samples' ends, another is tried. One of the two samples
+    may not have begun yet."""
     engine = model_engine
     for swaps, number in enumerate(range(3, 23), 1):
         before = engine.version
@@ -79,9 +80,10 @@ def test_tokens_across_a_swap_belong_to_the_version_that_their_span_names(model_
         engine.load_weights(models[(number - 2) % 2][1], Version(number, 1))
         assert before is not None and engine.version == Version(number, 1) and engine.load.swaps == swaps
         ended = drain(engine).values()
+        assert max(sample.spans[0].end for sample in ended if sample.spans[0][:2] == before) >= 5, "seen before the swap"
         for sample in ended:
-            assert sample.spans in ((Span(*before, 40),), (Span(*before, sample.spans[0].end), Span(number, 1, 40)))
-            first = sample.spans[0].end
+            first = sample.spans[0].end if sample.spans[0][:2] == before else 0
+            assert sample.spans in ((Span(*before, 40),), (Span(*before, first), Span(number, 1, 40)), (Span(number, 1, 40),))
             of = [(number - 3) % 2, (number - 2) % 2]
             old, new = (reference_logprobs(models[version][0], prompt(7), sample.token_ids, 1.0) for version in of)
             np.testing.assert_allclose(sample.logprobs[:first], old[:first], atol=1e-5)
@@ -122,22 +124,27 @@ def test_the_context_ends_a_sample(engine: Engine) -> None:
 
 
 def test_abort_returns_what_was_sampled_and_leaves_others_alone(engine: Engine) -> None:
-    """A server goes on while the abort is on its way to it, so a few may end by themselves; what waits for a slot cannot."""
-    engine.submit(request("kept", prompt(4, 1), (1,), max_tokens=20))
-    engine.submit(request("ended", prompt(5), tuple(range(MANY)), max_tokens=50))
-    before = until_tokens(engine, "ended", 3)
-    if before.keys() == {("kept", 0)}:
-        before |= until_tokens(engine, "ended", 3)
-    engine.abort("ended")
-    engine.abort("never heard of")
-    ended = before | drain(engine)
-    samples = [ended.pop(("ended", i)) for i in range(MANY)]
-    aborted = [s for s in samples if s.finish_reason == "abort"]
-    assert {s.finish_reason for s in samples} <= {"abort", "length"} and len(aborted) >= 20
-    assert max(len(s.token_ids) for s in samples) >= 3 and min(len(s.token_ids) for s in aborted) == 0
-    assert any(s.token_ids.size for s in aborted)
-    assert all((s.spans[-1].end if s.spans else 0) == len(s.token_ids) == len(s.logprobs) for s in aborted)
-    assert list(ended) == [("kept", 0)] and len(ended["kept", 0].token_ids) == 20
+    """A server goes on while the abort is on its way to it, so a few may end by themselves; what waits for a slot cannot. Where the abort came
+    after the ends of all that ran, and before the next had a token, another is tried."""
+    for attempt in range(10):
+        kept, name = f"kept{attempt}", f"ended{attempt}"
+        engine.submit(request(kept, prompt(4, 1), (1,), max_tokens=20))
+        engine.submit(request(name, prompt(5), tuple(range(MANY)), max_tokens=50))
+        before: dict[tuple[str, int], Sampled] = {}
+        while more := until_tokens(engine, name, 3):  # those ended: until others run
+            before |= more
+        engine.abort(name)
+        engine.abort("never heard of")
+        ended = before | drain(engine)
+        samples = [ended.pop((name, i)) for i in range(MANY)]
+        aborted = [s for s in samples if s.finish_reason == "abort"]
+        assert {s.finish_reason for s in samples} <= {"abort", "length"} and len(aborted) >= 20
+        assert max(len(s.token_ids) for s in samples) >= 3 and min(len(s.token_ids) for s in aborted) == 0
+        assert all((s.spans[-1].end if s.spans else 0) == len(s.token_ids) == len(s.logprobs) for s in aborted)
+        assert list(ended) == [(kept, 0)] and len(ended[kept, 0].token_ids) == 20
+        if any(s.token_ids.size for s in aborted):
+            return
+    raise AssertionError("no abort came while samples ran")
 
 
 def test_score_agrees_with_sampling(engine: Engine) -> None:

@@ -30,10 +30,11 @@ from protocol.canary import PROMPT_TOKENS, Canary, canary_ids
 from protocol.errors import InfrastructureFault, WeightsError
 from protocol.manifest import publish
 from protocol.messages import Span, Version, WeightsReady
+from rlsys.lines import read_lines
 from rlsys.waits import Explanation
 from rlsys.why import explain_status
 from tests.actors import tiny_models
-from tests.actors.processes import descendants, wait_until
+from tests.actors.processes import alive, born, descendants, wait_until
 from tests.actors.tiny_models import CONTEXT, drain, in_flight, prompt, reference_logprobs, request, until_tokens
 from tests.disks import largest_file
 from tests.system.conftest import Run
@@ -113,7 +114,7 @@ def test_in_place_is_offered_and_does_what_its_name_says(attached: Callable[...,
         name = in_flight(engine, f"r{number}", (1,), count=4, max_tokens=50)
         engine.load_weights(models[number % 2][1], Version(number))
         sample = drain(engine)[name, 0]
-        if len(sample.spans) == 2:
+        if len(sample.spans) == 2 and sample.spans[0].end <= 40:  # a token or two may agree by chance
             break
     end = sample.spans[0].end
     assert [span.version for span in sample.spans] == [number - 1, number]
@@ -184,16 +185,23 @@ def test_files_that_end_early_and_a_full_dev_shm_leave_the_old_version_at_work(
     np.testing.assert_allclose(sample.logprobs, reference_logprobs(models[1][0], prompt(7), sample.token_ids, 1.0), atol=1e-4)
 
 
+def one_of(engine: SGLangEngine, kind: str) -> int:
+    return next(pid for pid, name in engine.server.processes.items() if name == kind)
+
+
 def kill_all(engine: SGLangEngine) -> None:
-    os.kill(next(pid for pid, name in engine.server.processes.items() if name == "HTTP"), signal.SIGKILL)
+    os.kill(one_of(engine, "HTTP"), signal.SIGKILL)
 
 
 def kill_scheduler(engine: SGLangEngine) -> None:
-    os.kill(next(pid for pid, name in engine.server.processes.items() if name == "scheduler"), signal.SIGKILL)
+    os.kill(one_of(engine, "scheduler"), signal.SIGKILL)
 
 
 def stop_scheduler(engine: SGLangEngine) -> None:
-    os.kill(next(pid for pid, name in engine.server.processes.items() if name == "scheduler"), signal.SIGSTOP)
+    """And wait until it stands."""
+    scheduler = one_of(engine, "scheduler")
+    os.kill(scheduler, signal.SIGSTOP)
+    wait_until(lambda: f"({scheduler}) is stopped" in engine.server.stopped(), "a stopped scheduler")
 
 
 def stop_all(engine: SGLangEngine) -> None:
@@ -222,19 +230,18 @@ def as_told(engine: SGLangEngine) -> Iterator[list[EngineLoad]]:
 def swaps_while_it_hangs(engine: SGLangEngine, weights: Path, version: Version) -> None:
     """A swap finds the scheduler stopped: that is told in time too, and the swap goes to the next server."""
     before = engine.load.restarts
-    engine.submit(request("hangs", prompt(7), (1, 2), max_tokens=50))
     stop_scheduler(engine)
+    engine.submit(request("hangs", prompt(7), (1, 2), max_tokens=50))
     struck = time.monotonic()
     swap = threading.Thread(target=engine.load_weights, args=(weights, version), daemon=True)
     swap.start()
     while engine.load.restarts == before:
         swap.join(0.2)
         assert time.monotonic() < struck + REPORTED_S, f"the hang was not told within {REPORTED_S:g} s"
-    trouble = engine.load.trouble
-    assert trouble is not None and trouble.doing == "starts" and "is stopped" in trouble.detail
-    swap.join(START_S)
-    assert engine.version == version and engine.load.trouble is None
-    ended = drain(engine, 120.0)
+    swap.join(2 * START_S)
+    assert engine.version == version
+    wait_until(lambda: engine.load.trouble is None, "a server without trouble")
+    ended = drain(engine)
     assert sorted(ended) == [("hangs", 0), ("hangs", 1)]
     assert {sample.spans for sample in ended.values()} == {(Span(*version, 50),)}
 
@@ -249,18 +256,19 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
         extra={"stream_interval": 1, "start_s": START_S},
     )
     engine = SGLangEngine(options)
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     try:
         engine.load_weights(models[0][1], Version(0))
         engine.submit(request("calm", prompt(7), (1, 2, 3, 4, 5, 6), max_tokens=50))
         calm = drain(engine)
         for round_, (fault, words) in enumerate(((kill_all, "HTTP process"), (kill_scheduler, "scheduler"), (stop_all, "no answer")), 1):
-            seen |= set(engine.server.processes)
+            seen |= born(engine.server.processes)
+            before = engine.load.restarts  # a start that came to nothing counts as well, such as one whose port was taken
             engine.submit(request(f"r{round_}", prompt(7), (1, 2, 3, 4, 5, 6), max_tokens=50))
             ended = list(until_tokens(engine, f"r{round_}", 2).values())
             fault(engine)
             struck = time.monotonic()
-            while engine.load.restarts < round_:
+            while engine.load.restarts == before:
                 ended += engine.step(0.2)
                 assert time.monotonic() < struck + REPORTED_S, f"{fault.__name__} was not told within {REPORTED_S:g} s"
             assert words in engine.load.fault or "exit code" in engine.load.fault, engine.load.fault
@@ -268,30 +276,31 @@ def test_a_dead_or_hung_server_is_told_and_replaced_and_the_same_samples_come_ou
             with pytest.raises(WeightsError):
                 engine.load_weights(tmp_path, Version(round_))  # a bad directory in this moment changes nothing
             engine.load_weights(models[0][1], Version(round_))
-            ended += drain(engine, 120.0).values()
+            ended += drain(engine).values()
             assert sorted(s.position for s in ended) == list(range(6)), "each sample once"
             for sample in ended:
                 np.testing.assert_array_equal(sample.token_ids, calm["calm", sample.position].token_ids)
                 assert sample.spans in ((Span(round_, 0, 50),), (Span(round_ - 1, 0, 50),))
-        seen |= set(engine.server.processes)
+        seen |= born(engine.server.processes)
+        before = engine.load.restarts
         with as_told(engine) as told:
             swaps_while_it_hangs(engine, models[1][1], Version(5))
-        assert [load.restarts for load in told] == [4], told
+        assert (told[0].restarts, told[0].running, told[0].waiting) == (before + 1, 0, 2), told
         assert told[0].trouble is not None and told[0].trouble.doing == "starts" and "is stopped" in told[0].trouble.detail, told
-        seen |= set(engine.server.processes)
+        seen |= born(engine.server.processes)
     finally:
         engine.close()
-    wait_until(lambda: not [pid for pid in seen if Path(f"/proc/{pid}").exists()], "nothing of any server is left", 120.0)
+    wait_until(lambda: not alive(seen), "nothing of any server is left", 120.0)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
 
 
 def scheduler_of(generator: int) -> int:
-    """The scheduler process below a generator actor, 0 while there is none."""
+    """The scheduler process below a generator actor, 0 while there is none (which is no pid to send a signal to: it means every process here)."""
     for pid in descendants(generator):
         try:
-            if "schedul" in Path(f"/proc/{pid}/comm").read_text():
+            if "schedul" in Path(f"/proc/{pid}/comm").read_text("utf-8", "replace"):
                 return pid
         except OSError:
             continue
@@ -305,10 +314,9 @@ def find_wait(run: Run, condition: Callable[[Explanation], Any], what: str, dead
 
 def events(run: Run, name: str) -> list[dict[str, Any]]:
     try:
-        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        return [row for row in read_lines(run.path / "metrics.jsonl") if row.get("event") == name]
     except OSError:
         return []
-    return [row for line in lines if f'"{name}"' in line and (row := json.loads(line)).get("event") == name]
 
 
 def moves_on(run: Run, iterations: int = 2) -> None:
@@ -321,7 +329,18 @@ def next_scheduler(run: Run, generator: int, before: int) -> int:
     run.until(lambda status: scheduler_of(generator) not in (0, before), "a new scheduler", START_S)
     run.until(lambda status: doing(status, "generator-0") not in ("", "start server", "waiting:engine"), "a server that samples", START_S)
     moves_on(run, 3)
-    return scheduler_of(generator)
+    return the_scheduler(generator)
+
+
+def the_scheduler(generator: int) -> int:
+    found = scheduler_of(generator)
+    assert found, f"no scheduler below process {generator}"
+    return found
+
+
+def settled(status: dict[str, Any], **doing_what: str) -> bool:
+    """Whether these roles have waited, for two seconds already, for what is named: others of the ring may only just have begun to."""
+    return all(doing(status, f"{role}-0", 2.0) == f"waiting:{what}" for role, what in doing_what.items())
 
 
 def newest(versions: Path) -> Path:
@@ -350,18 +369,21 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     assert "generator-0 has been starting its SGLang server for" in sentence
     generator = run.until(lambda status: run.pids().get("generator-0"), "a generator", START_S)
     moves_on(run)
-    processes = set(descendants(generator))
-    killed = scheduler_of(generator)
+    processes = born(descendants(generator))
+    killed = the_scheduler(generator)
     os.kill(killed, signal.SIGKILL)
     told = run.until(lambda status: events(run, "engine restarted"), "word of the lost server", REPORTED_S)
     assert "its scheduler process" in told[0]["fault"] or "exit code" in told[0]["fault"], told
     scheduler = next_scheduler(run, generator, killed)
 
-    processes |= set(descendants(generator))
+    processes |= born(descendants(generator))
     os.kill(scheduler, signal.SIGSTOP)
-    blame = find_wait(run, lambda found: [b for b in found.guilty if b.kind == "server"], "blame of the server", REPORTED_S)[0]
+    text = f"(its scheduler process ({scheduler}) is stopped)"
+    blame = find_wait(
+        run, lambda found: [b for b in found.guilty if b.kind == "server" and text in b.what], "blame of the server", REPORTED_S
+    )[0]
     assert blame.name == "generator-0"
-    assert f"no answer from its SGLang server for {blame.for_s:.0f} s (its scheduler process ({scheduler}) is stopped)" in blame.what
+    assert f"no answer from its SGLang server for {blame.for_s:.0f} s {text}" in blame.what
     told = run.until(lambda status: events(run, "engine restarted")[1:], "word of the silent server", REPORTED_S)
     assert f"its scheduler process ({scheduler}) is stopped" in told[0]["fault"], told
     find_wait(
@@ -369,21 +391,23 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
     )
     next_scheduler(run, generator, scheduler)
 
-    processes |= set(descendants(generator))
+    processes |= born(descendants(generator))
     gate.unlink()
-    run.until(lambda status: doing(status, "generator-0") == "waiting:tasks", "a ring that waits for its scores")
+    run.until(lambda status: settled(status, generator="tasks", learner="trajectories"), "a ring that waits for its scores")
     os.kill(generator, signal.SIGSTOP)
     published = newest(versions)
     gate.touch()
-    run.until(lambda status: newest(versions) != published and doing(status, "learner-0", 2.0) == "waiting:trajectories", "a new version")
+    run.until(
+        lambda status: newest(versions) != published and settled(status, rewarder="completions", learner="trajectories"), "a new version"
+    )
     shard = next(newest(versions).glob("*.safetensors"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     os.kill(generator, signal.SIGCONT)
     run.until(lambda status: run.pids().get("generator-0", generator) != generator, "a new generator", START_S)
     shard.write_bytes(content)
-    refused = events(run, "weights refused")
-    assert refused and "differs from its manifest" in refused[0]["error"], refused
+    refused = run.until(lambda status: events(run, "weights refused"), "word of the refused weights")
+    assert "differs from its manifest" in refused[0]["error"], refused
 
     assert run.wait(3 * START_S, restarts=True) == 0, run.err
     assert run.exit_record["outcome"] == "done" and run.exit_record["iterations_done"] == 120
@@ -394,7 +418,7 @@ def test_a_run_goes_on_after_every_fault_of_its_server_and_of_an_update(
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert audit.returncode == 0, audit.stdout + audit.stderr
-    wait_until(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "nothing of the servers is left", 120.0)
+    wait_until(lambda: not alive(processes), "nothing of the servers is left", 120.0)
 
 
 def doing(status: dict[str, Any], name: str, for_s: float = 0.0) -> str:
@@ -446,10 +470,10 @@ def test_no_process_of_a_server_outlives_its_run(config: dict[str, Any], start: 
         run.until(lambda status: status.get("iteration", 0) >= 1, "an iteration", START_S)
     else:
         run.until(lambda status: doing(status, "generator-0") == "start server", "the start of a server")
-    below: set[int] = set()
+    below: set[tuple[int, int]] = set()
 
     def all_there() -> bool:
-        below.update(descendants(run.pids()["generator-0"]))
+        below.update(born(descendants(run.pids()["generator-0"])))
         return len(below) >= 3  # the guard and the two of the server
 
     wait_until(all_there, "the server's processes", 120.0)
@@ -457,4 +481,4 @@ def test_no_process_of_a_server_outlives_its_run(config: dict[str, Any], start: 
     assert model.exists(), "what a killed actor leaves lies in the run directory"
     ENDS[end](run)
     run.process.communicate(timeout=120)
-    wait_until(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()], "nothing of the server is left", 120.0)
+    wait_until(lambda: not alive(below), "nothing of the server is left", 120.0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,11 @@ def peer() -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
     told, says = process.stdin, process.stdout
 
     def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
-        told.write(json.dumps([path, body]) + "\n")
-        told.flush()
+        try:
+            told.write(json.dumps([path, body]) + "\n")
+            told.flush()
+        except BrokenPipeError:
+            raise InfrastructureFault("the server is gone") from None
         line = says.readline()
         if not line:
             raise InfrastructureFault("the server is gone")
@@ -191,7 +195,8 @@ def peer() -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
     finally:
         process.kill()
         process.wait(120)
-        told.close()
+        with suppress(BrokenPipeError):  # what it never read
+            told.close()
         says.close()
 
 

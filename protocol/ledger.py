@@ -179,6 +179,15 @@ class Ledger:
         self._writer = writer
         self._path = path
         try:
+            self._open(read_only=read_only)
+        except BaseException:
+            if hasattr(self, "_db"):
+                self._db.close()
+            raise
+
+    def _open(self, *, read_only: bool) -> None:
+        path = self._path
+        try:
             self._db = _connect(path, "?mode=ro" if read_only else "")
             if not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")

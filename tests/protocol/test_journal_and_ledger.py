@@ -214,6 +214,7 @@ def test_a_damaged_ledger_is_said_to_be(tmp_path: Path) -> None:
     path.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
     with pytest.raises(DataError, match=r"ledger\.sqlite: the ledger is damaged"):
         Ledger(path).check()
+    assert str(path) not in {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}, "it is closed again"
 
 
 def outcome(group_id: int) -> GroupOutcome:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from actors.engines import EngineOptions
 from actors.engines.sglang_options import Options
 from actors.engines.sglang_server import Server
 from protocol.errors import InfrastructureFault
+from tests.actors.processes import alive, born, wait_until
 
 START_S = 400.0
 """Three processes import SGLang; on a busy machine with two cores that took over a minute."""
@@ -25,7 +26,7 @@ def ask(url: str) -> dict[str, Any]:
         with urllib.request.urlopen(url, timeout=60) as answer:
             content: dict[str, Any] = json.load(answer)
             return content
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # the last two from whatever else has its port
         raise InfrastructureFault(str(error)) from None
 
 
@@ -37,13 +38,16 @@ def running_server(model: Path, log_dir: Path, **engine: Any) -> Iterator[Server
         EngineOptions(model_path=model, log_dir=log_dir, name="shared", **settings), Options(stream_interval=1, start_s=START_S)
     )
     try:
-        server.begin()
-        server.wait_ready(lambda path: ask(server.url + path), lambda: False)
+        try:
+            server.begin()
+            server.wait_ready(lambda path: ask(server.url + path), lambda: False)
+        except InfrastructureFault:  # once more, as an engine does it: another program may have taken its port
+            server.end()
+            server.begin()
+            server.wait_ready(lambda path: ask(server.url + path), lambda: False)
         yield server
         assert not server.fault(), f"{server.fault()}; {server.tail()}"
     finally:
-        pids = server.processes
+        processes = born(server.processes)
         server.close()
-    end = time.monotonic() + 120
-    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < end, f"processes {left} of the server are left"
+    wait_until(lambda: not alive(processes), "nothing of the server is left")

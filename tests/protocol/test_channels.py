@@ -259,19 +259,22 @@ class Relay:
         self._port, self._listener = port, socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._port))
-            self._open += [near, far]
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+        with suppress(OSError):  # the listener is closed, or nobody listens at the port
+            while True:
+                near = self._keep(self._listener.accept()[0])
+                far = self._keep(socket.create_connection(("127.0.0.1", self._port)))
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+
+    def _keep(self, end: socket.socket) -> socket.socket:
+        with self._lock:
+            self._open.append(end)
+        return end
 
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         try:
@@ -282,19 +285,18 @@ class Relay:
 
     def cut(self) -> None:
         """Every connection breaks; new ones are taken."""
-        for end in self._open:
-            try:
+        with self._lock:
+            ends, self._open = self._open, []
+        for end in ends:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             end.close()
-        self._open.clear()
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._thread.join(timeout=10)  # before the cut: what it has just accepted is closed too
         self.cut()
-        self._thread.join(timeout=10)
 
 
 def test_a_connection_that_breaks_is_noticed_and_a_new_link_of_that_name_is_heard() -> None:

@@ -80,8 +80,13 @@ class Partial:
         """What is being fetched there, if anything is."""
         try:
             layout = Layout(json.loads((directory / MANIFEST).read_bytes()))
-            return Partial(directory, layout, os.open(directory / HAVE, os.O_RDONLY | os.O_CLOEXEC), writable=False)
+            fd = os.open(directory / HAVE, os.O_RDONLY | os.O_CLOEXEC)
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+        try:
+            return Partial(directory, layout, fd, writable=False)
+        except (OSError, ValueError):  # shorter than its layout says
+            os.close(fd)
             return None
 
     @property

@@ -38,6 +38,11 @@ class Half:
     def begin(self) -> Partial:
         return Partial.begin(partial_path(self.root, Version(1)), self.manifest, sha256(self.manifest).hexdigest())
 
+    def have_open(self) -> int:
+        """How often this process has the list of its blocks open."""
+        path = str(partial_path(self.root, Version(1)) / module.HAVE)
+        return [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()].count(path)
+
     @property
     def layout(self) -> Layout:
         return self.partial.layout
@@ -124,3 +129,11 @@ def test_every_block_knows_the_regions_that_it_holds_a_part_of(half: Half) -> No
     for number in range(layout.num_blocks):
         assert layout.regions_of(number) == [region for region in layout.regions if number in layout.numbers(region)]
     assert layout.regions_of(layout.num_blocks) == []
+
+
+def test_a_list_of_blocks_that_is_cut_short_is_nothing_to_read_and_is_closed_again(half: Half) -> None:
+    directory = partial_path(half.root, Version(1))
+    (directory / module.HAVE).write_bytes(b"")
+    before = half.have_open()
+    assert Partial.look(directory) is None
+    assert half.have_open() == before

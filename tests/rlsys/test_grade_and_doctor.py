@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors.rewards import Sample, Score
 from rlsys.cli import main
 
 PROBLEMS = [
@@ -43,6 +47,34 @@ def test_grading_gives_verdicts_in_the_order_of_submissions(
     assert code == 1, "a score that could not be found is told by the exit code"
     assert [json.loads(line)["status"] for line in out.read_text().splitlines()] == [r["status"] for r in summary["results"]]
     assert "'odd', field 'tests'" in summary["results"][-1]["detail"]
+
+
+class FirstOnly:
+    """Judges one sample at once; the others take until it is closed."""
+
+    begun = 0
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._closed, self._lock = threading.Event(), threading.Lock()
+
+    def score(self, sample: Sample) -> Score:
+        with self._lock:
+            FirstOnly.begun += 1
+            first = FirstOnly.begun == 1
+        assert first or self._closed.wait(120.0), "it was waited for"
+        return Score(value=1.0, status="accepted", passed=True)
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+def test_an_interrupt_ends_what_is_judged_and_begins_nothing_more(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlsys.grade._progress", interrupted)
+    assert main(["grade", *map(str, files), "--reward", f"{__name__}:FirstOnly", "--jobs", "1"]) == 130
+    assert FirstOnly.begun <= 2, "of five: the one that was judged when the interrupt came, and at most its next"
 
 
 def test_the_table_for_people(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

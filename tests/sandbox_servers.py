@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.actors.processes import descendants, wait_until
+from tests.actors.processes import alive, born, descendants, wait_until
 
 
 @dataclass(slots=True)
@@ -50,12 +50,12 @@ def served(directory: Path, *arguments: str) -> Iterator[Served]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, errors.read_text()
-        started = descendants(process.pid)
+        started = born(descendants(process.pid))
         yield Served(process, json.loads(line)["address"], token_file, errors)
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=120)
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "every cell of the server ended")
+        wait_until(lambda: not alive(started), "every cell of the server ended")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ from actors.rewards.sandbox_service import SandboxService
 from protocol.errors import ConfigError, DataError, InfrastructureFault
 from protocol.intervals import Recorder, record_here
 from rlsys.sandbox_service.api import openapi
-from tests.actors.processes import descendants, wait_until
+from tests.actors.processes import alive, born, descendants, wait_until
 from tests.sandbox_servers import Served, served
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "sandbox_service.openapi.json"
@@ -229,12 +229,12 @@ def test_sigterm_ends_it_and_its_cells_in_the_middle_of_a_program(tmp_path: Path
         client = threading.Thread(target=lambda: found.extend(asyncio.run(many(server, [forever]))))
         client.start()
         wait_until(lambda: ask(server, "/healthz", token="")[1]["running"] == 1, "it is being judged")
-        below = descendants(server.process.pid)
+        below = born(descendants(server.process.pid))
         assert below
         assert server.end() == 0, server.errors.read_text()
         client.join(120)
         assert [(code, answer["error"]["code"]) for code, answer, _ in found] == [(503, "ending")], "no verdict, and the client knows"
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "its cells are gone")
+        wait_until(lambda: not alive(below), "its cells are gone")
 
 
 def test_the_reward_tells_faults_of_the_service_from_verdicts(server: Served, tmp_path: Path) -> None:
@@ -319,8 +319,8 @@ def test_bad_command_lines_are_one_sentence(tmp_path: Path, arguments: list[str]
 
 def test_a_killed_server_takes_its_cells_along(tmp_path: Path) -> None:
     with served(tmp_path, "--cells", "2") as server:
-        below = descendants(server.process.pid)
+        below = born(descendants(server.process.pid))
         assert len(below) >= 2, "two cells run below the server"
         server.process.send_signal(signal.SIGKILL)
         server.process.wait(timeout=120)
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the kernel ends the cells")
+        wait_until(lambda: not alive(below), "the kernel ends the cells")

@@ -77,7 +77,9 @@ class Judgement:
 class Bench:
     """The sandbox and its languages, with one method for each form of problem. Threads share it."""
 
-    def __init__(self, cells: int | None) -> None:
+    def __init__(self, cells: int | None, *, own_code: bool = True) -> None:
+        """Without `own_code` problems name checkers and languages of rlsys alone: any other would be imported and called outside of the sandbox."""
+        self._own_code = own_code
         self._languages: dict[str, Language] = {name: resolve(name, LANGUAGES, "language")() for name in LANGUAGES}
         trees = [tree for language in self._languages.values() if not language.missing() for tree in language.trees()]
         self.sandbox = Sandbox(cells, trees=trees)
@@ -86,13 +88,18 @@ class Bench:
         """The language called `name`. Raises DataError when it is unknown or cannot run here."""
         try:
             if name not in self._languages:
-                self._languages[name] = resolve(name, LANGUAGES, "language")()
+                self._languages[name] = self._resolve(name, LANGUAGES, "language")()
         except UnknownName as error:
             raise problem.error(field_name, str(error)) from None
         language = self._languages[name]
         if missing := language.missing():
             raise problem.error(field_name, missing)
         return language
+
+    def _resolve(self, name: str, table: Mapping[str, str], what: str) -> Any:
+        if name not in table and not self._own_code:
+            raise UnknownName(f"{what} {name!r} is not known here. Known: {', '.join(sorted(table))}.")
+        return resolve(name, table, what)
 
     def judge(self, source: str, problem: Problem, limits: Limits, rules: Rules) -> Judgement:
         """Raises DataError for a problem that cannot be judged, CompileError for a source that is no program, InfrastructureFault."""
@@ -137,7 +144,7 @@ class Bench:
 
             return by_program
         try:
-            compare: Checker = resolve(problem.checker, CHECKERS, "checker")
+            compare: Checker = self._resolve(problem.checker, CHECKERS, "checker")
         except UnknownName as error:
             raise problem.error("checker", str(error)) from None
         return lambda test, execution: compare(execution.stdout, test.output)

@@ -132,7 +132,9 @@ class Client:
     def take(self, timeout_s: float) -> list[Event]:
         """What happened, after waiting at most `timeout_s` for something to happen."""
         if not self._events and timeout_s > 0:
-            select.select([self._bell], [], [], timeout_s)
+            bell = select.poll()  # which, other than select.select, takes any number of descriptor
+            bell.register(self._bell, select.POLLIN)
+            bell.poll(1000 * timeout_s)
         try:
             os.eventfd_read(self._bell)
         except BlockingIOError:

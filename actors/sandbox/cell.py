@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.sandbox import wire
+from actors.sandbox.waiting import readable
 from protocol.errors import InfrastructureFault
 from protocol.holds import Hold
 
@@ -147,8 +147,7 @@ class Cell:
         return wire.Report.unpack(packet)
 
     def _receive(self, deadline_s: float) -> bytes:
-        readable, _, _ = select.select([self._control], [], [], max(0.0, deadline_s - time.monotonic()))
-        if not readable:
+        if not readable([self._control], deadline_s - time.monotonic()):
             self.broken = True
             raise CellError(f"sandbox cell {self.pid} said nothing until its deadline")
         try:

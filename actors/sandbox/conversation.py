@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import select
 import signal
 import socket
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from actors.sandbox import Execution, Limits, wire
 from actors.sandbox.cell import Cell, CellError, memory_file
 from actors.sandbox.execution import Program, Running, is_suspect
 from actors.sandbox.pool import CellPool
+from actors.sandbox.waiting import readable
 
 LEAVING_S = 2.0
 """How long the judged side may take to end after the judge did; its own end may be slow but changes nothing."""
@@ -189,14 +189,14 @@ def _communicate_once(
             os.close(end)
     waiting: list[Running] = [managing, *processes]
     while managing in waiting:
-        ready = select.select(waiting, [], [], limits.wall + 60)[0]
+        ready = readable(waiting, limits.wall + 60)
         if not ready:
             raise CellError("neither the manager nor the processes ended in time")
         waiting = [job for job in waiting if job not in ready]
     if waiting:
-        select.select(waiting, [], [], LEAVING_S)
+        readable(waiting, LEAVING_S)
     for job in processes:
-        if not select.select([job], [], [], 0)[0]:
+        if not readable([job], 0.0):
             job.cell.end_job()
     managed, its_end = managing.collect()
     ended = sorted((job.collect() for job in processes), key=lambda end: end[1].ended_us >= its_end.ended_us)
@@ -213,11 +213,11 @@ def converse(judged: Running, judging: Running, limits: Limits) -> tuple[Executi
     try:
         waiting = [judged, judging]
         while judging in waiting:
-            ready, _, _ = select.select(waiting, [], [], limits.wall + 60)
+            ready = readable(waiting, limits.wall + 60)
             if not ready:
                 raise CellError("neither the judged program nor its judge ended in time")
             waiting = [job for job in waiting if job not in ready]
-        if waiting and not select.select(waiting, [], [], LEAVING_S)[0]:
+        if waiting and not readable(waiting, LEAVING_S):
             judged.cell.end_job()
     finally:
         try:

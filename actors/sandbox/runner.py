@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable, Generator, Sequence
 
 from actors.sandbox import DEFAULT_LIMITS, MIB, Execution, Limits, wire
@@ -10,6 +9,7 @@ from actors.sandbox.cell import Cell, CellError
 from actors.sandbox.execution import Program, Running, is_suspect, run_series
 from actors.sandbox.pool import CellPool, usable_cores
 from actors.sandbox.sessions import CALL_LIMIT_S, MAX_CALLS, Session
+from actors.sandbox.waiting import readable
 
 
 class Sandbox:
@@ -125,10 +125,8 @@ class _Batch:
 
     def _collect_one(self) -> None:
         """Wait for whichever job ends first. A cell that is silent for too long raises in its `finish`."""
-        if len(self._running) > 1:
-            ready, _, _ = select.select([job for job, _ in self._running.values()], [], [], self._limits.wall)
-        else:
-            ready = []
+        jobs = [job for job, _ in self._running.values()]
+        ready = readable(jobs, self._limits.wall) if len(jobs) > 1 else []
         index = next((index for index, (job, _) in self._running.items() if job in ready), next(iter(self._running)))
         job, cells = self._running.pop(index)
         try:

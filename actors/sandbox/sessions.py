@@ -7,7 +7,6 @@ with TimeoutError; if that is not enough, the session ends. All of it, files in 
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from actors.sandbox import MIB, Limits, wire
 from actors.sandbox.cell import CellError
 from actors.sandbox.execution import Program, Running
 from actors.sandbox.pool import CellPool
+from actors.sandbox.waiting import readable
 
 MAX_CALLS = 8
 CALL_LIMIT_S = 60.0
@@ -115,7 +115,7 @@ class Session:
         if running is None:
             return ""
         try:
-            if not select.select([running], [], [], 0.2)[0]:
+            if not readable([running], 0.2):
                 running.cell.end_job()
             execution, _ = running.collect()
         except CellError:

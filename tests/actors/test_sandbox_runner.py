@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from actors.sandbox import MIB, Limits, wire
 from actors.sandbox.cell import Cell
 from actors.sandbox.confine import SANDBOX_UID
+from actors.sandbox.conversation import run_interactive
 from actors.sandbox.execution import Program
 from actors.sandbox.runner import Sandbox
 from protocol.errors import InfrastructureFault
@@ -247,6 +249,27 @@ sandbox = Sandbox(2, profile=sys.argv[1])
 print("ready", flush=True)
 sandbox.run(Program(kind=wire.PYTHON, content=b"while True: pass"))
 """
+
+
+def test_an_owner_of_very_many_descriptors_is_served_as_any() -> None:
+    """Hundreds of cells take more than 1,024 of them, the most that `select` knows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"this machine allows {hard} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    others = [os.open("/dev/null", os.O_RDONLY)]
+    try:
+        while others[-1] < 1100:
+            others.append(os.open("/dev/null", os.O_RDONLY))
+        with Sandbox(2) as sandbox:
+            each = sandbox.run_each(python("import time; time.sleep(0.1); print(input())"), [b"1", b"2", b"3"], Limits())
+            assert [execution.stdout for execution in each] == [b"1\n", b"2\n", b"3\n"]
+            judge = python("line = input()\nprint('accept' if line == 'hello' else 'reject')")
+            assert run_interactive(sandbox.pool, python("print('hello')"), judge, Limits())[0].outcome == "ok"
+    finally:
+        for descriptor in others:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("profile", ["namespaces", "landlock"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,14 +197,14 @@ def test_who_ended_first_is_known_also_to_a_judge_that_looks_late(
     monkeypatch: pytest.MonkeyPatch, program: str, interactor: str, first: bool
 ) -> None:
     """On a busy machine both have ended when it is looked."""
-    select = conversation.select.select
+    readable = conversation.readable
 
-    def late(jobs: list[Running], *rest: Any) -> Any:
+    def late(jobs: list[Running], timeout_s: float) -> list[Running]:
         for job in jobs:
-            select([job], *rest)
-        return select(jobs, *rest)
+            readable([job], timeout_s)
+        return readable(jobs, timeout_s)
 
-    monkeypatch.setattr(conversation, "select", SimpleNamespace(select=late))
+    monkeypatch.setattr(conversation, "readable", late)
     candidate, judge = (Program(kind=wire.PYTHON, content=source.encode()) for source in (program, interactor))
     with Sandbox(2) as sandbox:
         ended = [conversation.run_interactive(sandbox.pool, candidate, judge, Limits(cpu_s=10))[2] for _ in range(5)]

@@ -39,7 +39,8 @@ class NetworkWeights:
         return learner | hosts
 
     def gauges(self) -> dict[str, float]:
-        """For the dashboard, in bytes since the start."""
+        """For the dashboard, in bytes since the start. Raises what ended the thread that passes versions on."""
+        self._shelf.check()
         tally = self.fetcher.tally
         return {
             "weights/received_bytes_total": float(tally.received_bytes),

@@ -317,6 +317,9 @@ class Leader:
         self._intake.show([*distributions(self._node.identity, batch.iteration, time.time(), found), *samples])
 
     def _gauges(self) -> dict[str, float]:
+        """With each heartbeat. Raises what ended the thread that serves versions: hosts would wait for them in vain."""
+        if self._shelf is not None:
+            self._shelf.check()
         return {
             "learner/received": float(self._intake.received),
             "learner/tokens": self._tokens,

@@ -84,11 +84,17 @@ class Shelf:
         self._open: dict[Version, _Open] = {}
         self._parked: deque[tuple[float, str, PieceRequest]] = deque()
         self._waker, self._stop = Waker(), False
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"shelf {channel}", daemon=True)
 
     def start(self) -> None:
         """Begin to serve."""
         self._thread.start()
+
+    def check(self) -> None:
+        """Raise what ended the thread, if anything did: nobody would get a version from here any more, and nothing else would say why."""
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """End the thread and its sockets; what was not sent is lost."""
@@ -116,6 +122,8 @@ class Shelf:
                         self._answer(peer, request, until)
                     self._close_idle()
                     look_s = time.monotonic() + LOOK_S
+        except BaseException as error:  # handed over, not swallowed: `check` raises it
+            self._error = error
         finally:
             self._end_all()
 

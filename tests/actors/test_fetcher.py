@@ -354,6 +354,28 @@ def test_a_shelf_gives_files_of_versions_alone(network: Network, file: str) -> N
     assert not [a for a in answers if a.file == file and len(a.data)]
 
 
+def test_a_shelf_whose_thread_broke_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a version would hear of silence alone."""
+    shelf = network.shelve("learner-0@1", network.root, ORIGIN)
+    shelf.check()
+
+    def bug(*asked: object) -> None:
+        raise IndexError
+
+    monkeypatch.setattr(shelf, "_answer", bug)
+    link = Link(network.transport, "pieces", "generator-0@1", shelf.address, "learner-0@1")
+    link.send(PieceRequest(number=1, incarnation=0, file="manifest.json", start=0, end=1000))
+
+    def broke() -> bool:
+        try:
+            shelf.check()
+        except IndexError:
+            return True
+        return False
+
+    until(broke, "word of what ended the thread")
+
+
 def test_the_last_user_removes_the_cache(tmp_path: Path) -> None:
     directory = choose_cache_dir("ab", 0, tmp_path / "unused", tmp_path)
     first, second = HostCache(directory), HostCache(directory)

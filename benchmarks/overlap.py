@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from learner.step import pick_device
 from protocol.errors import ConfigError, UserError
 from rlsys.config import RunConfig
 from rlsys.report import read_iterations, summarise
@@ -90,6 +91,11 @@ def main() -> int:
         )
     ratio = other["median_s"] / ours["early_s"]
     print(f"speed-up     {ratio:.2f}x over the first {options.iterations} iterations of each (the same lengths of completions)")
+    if config.generators.device == "cpu" and pick_device(config.learner.device, 0).type == "cpu":
+        idle = 1 - other["cpu_share"]
+        print(
+            f"             both phases share the cores here: overlap can use only what the synchronous schedule leaves idle of them, {idle:.0%}"
+        )
     return 0
 
 

@@ -22,6 +22,10 @@ GONE = 50
 """So many versions in a row may be removed before they are read; more mean that this process does not see the directory at all."""
 
 
+LOSSES = 3
+"""So often may an engine lose its server between a load and the end of its proof; each time the next one is loaded and proved."""
+
+
 class WeightsIntake:
     """Remembers the newest announcement and loads it when asked. Older ones and repeats change nothing."""
 
@@ -92,17 +96,14 @@ class WeightsIntake:
 
         What cannot be loaded leaves the old weights at work, and nothing is tried until something is announced again. Weights that are
         loaded but fail the canary put the actor into quarantine: they are `pending` again, and nothing sampled with them may be used.
-        Raises InfrastructureFault when the engine itself is broken.
+        An engine that loses its server meanwhile says nothing about the weights: its next server is loaded and proved instead.
+        Raises InfrastructureFault when the engine itself is broken, or lost its server LOSSES times.
         """
         started = time.monotonic()
         version, directory = Version(ready.number, ready.incarnation), self._locate(ready)
         error, pause, distance = "", 0.0, float("nan")
         try:
-            manifest = verify(directory, ready.manifest_sha256)
-            pause = self._engine.load_weights(directory, version)
-            canary = read_canary(manifest)
-            if canary is not None and getattr(self._engine, "samples_the_model", True):
-                error, distance = self._prove(canary, manifest)
+            pause, error, distance = self._swap(directory, version, verify(directory, ready.manifest_sha256))
             self.quarantined = bool(error)
             self.gone = 0
             self.failures = self.failures + 1 if error else 0
@@ -130,13 +131,33 @@ class WeightsIntake:
         """Where the version lies as this host sees it: where the learner says, or under that name in the directory that was given for it."""
         return self._directory / Path(ready.directory).name if self._directory else Path(ready.directory)
 
+    def _swap(self, directory: Path, version: Version, manifest: Mapping[str, Any]) -> tuple[float, str, float]:
+        """Seconds that samples stood still, and what `_prove` says of the version once it is loaded."""
+        canary = read_canary(manifest)
+        for left in reversed(range(LOSSES)):
+            pause = self._engine.load_weights(directory, version)
+            if canary is None or not getattr(self._engine, "samples_the_model", True):
+                break
+            try:
+                return (pause, *self._prove(canary, manifest))
+            except InfrastructureFault as fault:
+                if self._engine.version is not None or not left:
+                    raise
+                log.warning("%s was not proved, the engine's next server is to load it: %s", version, fault)
+        return pause, "", float("nan")
+
     def _prove(self, canary: Canary, manifest: Mapping[str, Any]) -> tuple[str, float]:
-        """What is wrong, empty if nothing is, and the largest difference between the learner's log-probs and the engine's."""
+        """What is wrong, empty if nothing is, and the largest difference between the learner's log-probs and the engine's.
+
+        Raises InfrastructureFault when the engine lost what it loaded, or does not sample as it says.
+        """
         published = {entry["dtype"] for shard in manifest["shards"].values() for entry in shard.values()}
         bound = bound_of([self._dtype, canary.dtype, "float32" if published <= {"F32", "F64"} else "bfloat16"])
         try:
             found = self._engine.score(canary.ids[:PROMPT_TOKENS], canary.ids[PROMPT_TOKENS:], 1.0)
         except InfrastructureFault as fault:
+            if self._engine.version is None:
+                raise
             return f"the canary cannot be scored ({fault})", float("inf")
         distance = difference(canary.logprobs, found)
         if not distance <= bound:

@@ -173,7 +173,10 @@ class Engine(Protocol):
         """
 
     def score(self, prompt_ids: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], temperature: float) -> npt.NDArray[np.float32]:
-        """Log-probs [T] of given tokens after a prompt under the loaded weights, computed as while sampling."""
+        """Log-probs [T] of given tokens after a prompt under the loaded weights, computed as while sampling.
+
+        Raises InfrastructureFault when they cannot be had; `version` is None then if the engine lost what it samples with.
+        """
 
     @property
     def version(self) -> Version | None:

@@ -107,11 +107,20 @@ def _sample(engine: Engine, name: str, prompts: list[Ids], sampling: Sampling, s
         for sample in engine.step(0.1):
             found[int(sample.request_id.rpartition("/")[2])][sample.position] = sample
             left -= 1
-        if time.monotonic() > until or engine.version is None:
-            raise InfrastructureFault(
-                f"the engine left {left} samples of its start-up check open for {DEADLINE_S:g} s; {engine.load.fault}"
-            )
+        if left and (time.monotonic() > until or engine.version is None):
+            lost = "lost its server and" if engine.version is None else f"within {DEADLINE_S:g} s"
+            _withdraw(engine, name, len(prompts), left)
+            raise InfrastructureFault(f"the engine {lost} left {left} samples of its start-up check open; {engine.load.fault}")
     return [[sample for sample in row if sample is not None] for row in found]
+
+
+def _withdraw(engine: Engine, name: str, prompts: int, left: int) -> None:
+    """Take back what is open, so that nothing of the check comes out among a run's samples."""
+    for i in range(prompts):
+        engine.abort(f"conformance/{name}/{i}")
+    until = time.monotonic() + DEADLINE_S
+    while left and time.monotonic() < until:
+        left -= len(engine.step(0.1))
 
 
 def _close(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], bound: float) -> bool:

@@ -236,7 +236,10 @@ class SGLangEngine:
                 self._lost(self._why_dead() or str(fault))
 
     def score(self, prompt_ids: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], temperature: float) -> npt.NDArray[np.float32]:
-        """Log-probs [T] of `token_ids` after `prompt_ids`; running samples go on. The prompt's cached prefix is used, if there is one."""
+        """Log-probs [T] of `token_ids` after `prompt_ids`; running samples go on. The prompt's cached prefix is used, if there is one.
+
+        Raises InfrastructureFault when no answer comes; `version` is None then if the server was lost.
+        """
         ids = np.concatenate([prompt_ids, token_ids]).astype(np.int64)
         self._check_ids(ids, "score: sequence")
         if not len(prompt_ids) or len(ids) > self._engine.max_context:
@@ -255,7 +258,12 @@ class SGLangEngine:
         }
         if temperature not in (0.0, 1.0):
             body["token_ids_logprob"] = list(range(self._vocabulary))
-        meta = self._client.call("POST", f"{self._server.url}/generate", body, timeout_s=self._options.update_s)["meta_info"]
+        try:
+            meta = self._client.call("POST", f"{self._server.url}/generate", body, timeout_s=self._options.update_s)["meta_info"]
+        except InfrastructureFault as fault:
+            if not self._lives():
+                self._lost(self._why_dead() or str(fault))
+            raise
         if temperature in (0.0, 1.0):
             return np.array([entry[0] for entry in meta["input_token_logprobs"][1:]], np.float32)
         rows = meta["input_token_ids_logprobs"][1:]
@@ -578,6 +586,8 @@ class SGLangEngine:
 
     def _lost(self, reason: str) -> None:
         """The server is gone: all unfinished samples wait for the next one, and for weights. Raises InfrastructureFault when it is too often."""
+        if self._closed:  # a swap in a thread of its own may find out so
+            raise InfrastructureFault(f"sglang engine: it was closed; {reason}")
         stopped = self._server.stopped()
         if self._ready:  # the watch says why it gives a server up, and kills it then: what was stopped before that, is so no more
             reason = self._client.dead or reason

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.engines import EngineOptions, SampleRequest, Sampling
+from actors.engines import EngineOptions, Sampled, SampleRequest, Sampling
 from actors.engines.conformance import check_conformance
 from actors.engines.embedded import EmbeddedEngine
 from actors.generator import Generator
+from actors.weights import LOSSES, WeightsIntake
 from protocol.canary import PROMPT_TOKENS, Canary, canary_ids, difference
 from protocol.errors import InfrastructureFault, WeightsError
 from protocol.manifest import publish
@@ -114,6 +115,69 @@ def test_weights_that_stay_wrong_end_the_actor_with_the_reason(ring: Ring, model
     scene.announce(published(tmp_path / "w", models, 1))
     ring.until(lambda: scene.role.error is not None, "the actor ends")
     assert "2 loads in a row failed, the last: the canary's log-probs differ" in str(scene.role.error)
+
+
+class Losing(EmbeddedEngine):
+    """Loses what it samples with, as an engine does whose server dies, at the calls of `score` and `step` that are named, counted from 1."""
+
+    def __init__(self, options: EngineOptions, scores: Container[int] = (), steps: Container[int] = ()) -> None:
+        super().__init__(options)
+        self.scores, self.steps, self.scored, self.stepped, self.loads = scores, steps, 0, 0, 0
+        self.lost = False
+
+    @property
+    def version(self) -> Version | None:
+        return None if self.lost else super().version
+
+    def load_weights(self, directory: Path, version: Version) -> float:
+        self.lost, self.loads = False, self.loads + 1
+        return super().load_weights(directory, version)
+
+    def score(self, prompt_ids: Any, token_ids: Any, temperature: float) -> Any:
+        self.scored += 1
+        if self.scored in self.scores:
+            self.lost = True
+            raise InfrastructureFault("its server died")
+        return super().score(prompt_ids, token_ids, temperature)
+
+    def step(self, timeout_s: float) -> list[Sampled]:
+        self.stepped += 1
+        self.lost = self.lost or self.stepped in self.steps
+        return super().step(timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("what", "loads"), [({}, 1), ({"scores": [1]}, 2), ({"scores": [1, 2]}, 3), ({"scores": [5]}, 2), ({"steps": [3]}, 2)],
+    ids=["no loss", "at the canary", "twice", "at a score of the start-up check", "at a sample of it"],
+)  # fmt: skip
+def test_a_server_that_is_lost_in_a_proof_is_no_fault_of_the_weights(
+    options: EngineOptions, models: list[tuple[Any, Path]], tmp_path: Path, what: dict[str, list[int]], loads: int
+) -> None:
+    engine = Losing(options, **what)
+    intake = WeightsIntake("generator-0@1", engine)
+    loaded = intake.load(published(tmp_path / "w", models, 0))
+    assert loaded.error == "" and loaded.canary_error < 1e-4
+    assert engine.loads == loads and engine.version == Version(0) and not intake.quarantined and intake.failures == 0
+    assert engine.load.running + engine.load.waiting == 0 and engine.step(0.0) == [], "nothing of the start-up check is left"
+
+
+def test_a_server_that_is_lost_in_every_proof_ends_the_actor(
+    options: EngineOptions, models: list[tuple[Any, Path]], tmp_path: Path
+) -> None:
+    engine = Losing(options, scores=range(1, 99))
+    with pytest.raises(InfrastructureFault, match="its server died"):
+        WeightsIntake("generator-0@1", engine).load(published(tmp_path / "w", models, 0))
+    assert engine.loads == LOSSES
+
+
+def test_an_engine_that_lives_and_cannot_score_is_quarantined(
+    options: EngineOptions, models: list[tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Losing(options, scores=[1])
+    monkeypatch.setattr(Losing, "version", EmbeddedEngine.version)
+    intake = WeightsIntake("generator-0@1", engine)
+    loaded = intake.load(published(tmp_path / "w", models, 0))
+    assert loaded.error == "the canary cannot be scored (its server died)" and intake.quarantined and engine.loads == 1
 
 
 def test_a_canary_that_is_not_a_number_differs() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.rewards import Sample, Score
+from actors.rewards.sandbox_service import SandboxService
 from protocol.errors import InfrastructureFault
 
 
@@ -111,4 +112,19 @@ class HoldingReward(LengthReward):
     def score(self, sample: Sample) -> Score:
         if sample.problem["id"] in self._options["gates"]:
             wait_for_file(self._options["gates"][sample.problem["id"]])
+        return super().score(sample)
+
+
+class HeldService(SandboxService):
+    """A far sandbox host that judges `count` samples of this process; the others go there once there is a file `gate`, and meanwhile `gate`.held."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        options = dict(options)
+        self._count, self._gate = itertools.count(1 - int(options.pop("count"))), str(options.pop("gate"))
+        super().__init__(options)
+
+    def score(self, sample: Sample) -> Score:
+        if next(self._count) > 0:
+            Path(f"{self._gate}.held").touch()
+            wait_for_file(self._gate)
         return super().score(sample)

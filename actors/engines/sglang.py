@@ -228,10 +228,7 @@ class SGLangEngine:
             except InfrastructureFault as fault:
                 if not self._ready:
                     continue  # it was lost meanwhile, and that was told
-                if isinstance(fault, NoAnswer | PartlyLoaded):
-                    self._lost(str(fault))
-                    continue
-                if self._lives():
+                if not isinstance(fault, NoAnswer | PartlyLoaded) and self._lives():
                     raise WeightsError(f"{directory}: the server refused the weights ({fault})") from None
                 self._lost(self._why_dead() or str(fault))
 

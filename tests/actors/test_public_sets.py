@@ -120,7 +120,7 @@ def _cpp_lines() -> list[Problem]:
 
 
 def plain_gxx_accepts(line: Problem, directory: Path) -> bool:
-    """Whether g++ compiles the model-written solution with the tests behind it, and the program ends with 0."""
+    """Whether g++ compiles the model-written solution with the tests behind it, and the program ends with 0 within a minute."""
     source = extract_program(line["gpt_solution"], Cpp.fences, "required") or ""
     tests = line["tests"].strip().removeprefix("}")
     text = f"#include <assert.h>\n#include <bits/stdc++.h>\n#define main own_main\n{source}\n#undef main\n{tests}"
@@ -128,7 +128,10 @@ def plain_gxx_accepts(line: Problem, directory: Path) -> bool:
     command = ["g++", "-std=c++17", "-O2", "-w", "-x", "c++", "-", "-o", str(program)]
     if subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False).returncode:
         return False
-    return subprocess.run([program], capture_output=True, timeout=60, check=False).returncode == 0
+    try:
+        return subprocess.run([program], capture_output=True, timeout=60, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def judge_cpp(reward: UnitTests, lines: list[Problem], directory: Path) -> None:

@@ -21,9 +21,8 @@ log = logging.getLogger("rlsys.weights")
 GONE = 50
 """So many versions in a row may be removed before they are read; more mean that this process does not see the directory at all."""
 
-
 LOSSES = 3
-"""So often may an engine lose its server between a load and the end of its proof; each time the next one is loaded and proved."""
+"""An engine that loses its server between a load and the end of its proof loads and proves the next; so many such losses in a row end the actor."""
 
 
 class WeightsIntake:

@@ -93,6 +93,7 @@ def scores(reward: UnitTests, programs: list[tuple[Problem, str]]) -> list[Score
 
 
 def judge(reward: UnitTests, problems: list[tuple[Problem, str, str]]) -> None:
+    assert problems, "nothing to judge"
     official = scores(reward, [(problem, solution) for problem, solution, _ in problems])
     refused = [(problem.get("task_id"), score) for (problem, _, _), score in zip(problems, official, strict=True) if not score.passed]
     assert not refused, f"{len(refused)} official solutions refused: {refused[:5]}"
@@ -135,6 +136,7 @@ def plain_gxx_accepts(line: Problem, directory: Path) -> bool:
 
 
 def judge_cpp(reward: UnitTests, lines: list[Problem], directory: Path) -> None:
+    assert lines, "nothing to judge"
     for line in lines:
         score = reward.score(Sample(problem=line, completion=line["gpt_solution"], truncated=False))
         assert score.passed is plain_gxx_accepts(line, directory), (line["name"], score)
